@@ -271,8 +271,14 @@ class FambaVPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["FambaVEmbeddings", "FambaVLayer"]
+    _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": FambaVLayer}
     _can_compile_fullgraph = True
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # In code outside its own package, transformers skips modules without parameters of their own (the mixer, the
+        # patch embeddings), in case `_init_weights` would overwrite loaded weights. The functions of `init` never do.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

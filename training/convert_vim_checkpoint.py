@@ -1,0 +1,217 @@
+"""Convert an official Vim or Famba-V checkpoint into a folder that `from_pretrained` loads.
+
+    python training/convert_vim_checkpoint.py vim_t_midclstok_76p1acc.pth vim-tiny --cls_token_position middle
+
+The geometry is read off the tensors. Fusion is off unless a fusion flag is given, so that the converted model is the
+model that was trained; `model.config.fusion_strategy = "upper"` switches it on at any time.
+"""
+
+import argparse
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from arguments import add_model_flags, config_overrides
+from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from saving import atomic_folder
+
+_RENAMED = {
+    "cls_token": "fambav.embeddings.cls_token",
+    "pos_embed": "fambav.embeddings.position_embeddings",
+    "patch_embed.proj.weight": "fambav.embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "fambav.embeddings.patch_embeddings.projection.bias",
+    "norm_f.weight": "fambav.norm.weight",
+    "head.weight": "classifier.weight",
+    "head.bias": "classifier.bias",
+}
+# The official code marks the backward direction by a suffix: conv1d_b.weight, A_b_log, D_b.
+_SCAN_PARAMETER = re.compile(r"(layers\.\d+\.mixer)\.(conv1d|x_proj|dt_proj|A|D)(_b)?(_log|\.weight|\.bias)?")
+_LAYER_PARAMETER = re.compile(r"layers\.\d+\.(norm|mixer\.in_proj|mixer\.out_proj)\.weight")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, or is not an official Vim checkpoint."""
+
+
+def convert(checkpoint: Path, output_folder: Path, **overrides: Any) -> FambaVForImageClassification:
+    """Convert a checkpoint file into a folder with weights, configuration, code and image processor.
+
+    Args:
+        checkpoint: `.pth` or `.safetensors` with the official state-dict names.
+        output_folder: must not exist yet, or be empty.
+        overrides: fields of `FambaVConfig` that the tensors do not tell, such as `cls_token_position`.
+
+    Returns:
+        the converted model.
+
+    Raises:
+        CheckpointError: if the file is damaged, foreign or would run code, or the folder is not empty. Nothing is
+            written then.
+    """
+    if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
+        raise CheckpointError(f"{output_folder}: expected a folder that does not exist yet or is empty")
+    official = read_state_dict(checkpoint)
+    config = read_config(official, **overrides)
+    model = FambaVForImageClassification(config)
+    state_dict = _rename(official)
+    _check_same_parameters(state_dict, model.state_dict())
+    model.load_state_dict(state_dict)
+
+    height, width = config.image_height_width
+    processor = ViTImageProcessorPil(
+        size={"height": height, "width": width},
+        resample=PILImageResampling.BICUBIC,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+        do_convert_rgb=True,
+    )
+    with atomic_folder(output_folder) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return model
+
+
+def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their official names.
+
+    A pickle is read by torch's restricted unpickler, which builds tensors and plain containers and calls nothing
+    else; `argparse.Namespace`, in which the official script keeps its flags, is the one other class that is allowed.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds anything else.
+    """
+    try:
+        if checkpoint.suffix == ".safetensors":
+            content = load_file(checkpoint)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read, {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{checkpoint}: not a file of plain tensors, and nothing else is unpickled because it could run code. "
+            f"The unpickler says: {str(error).splitlines()[0]}"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint}: damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):  # the official script's files
+        content = content["model"]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{checkpoint}: expected a state dict, got {type(content).__name__} without tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{checkpoint}: entry {name!r} is a {type(tensor).__name__}, expected a tensor")
+    return content
+
+
+def read_config(official: dict[str, Tensor], **overrides: Any) -> FambaVConfig:
+    """Geometry of an official state dict; fusion is off unless `overrides` has a fusion field.
+
+    Raises:
+        CheckpointError: if a tensor that tells the geometry is missing or has the wrong number of dimensions, or
+            contradicts a field of `overrides`, or the fields make no valid configuration.
+    """
+
+    def shape(name: str, num_dimensions: int) -> tuple[int, ...]:
+        if name not in official:
+            raise CheckpointError(f"{name!r} is missing: not a Vim checkpoint with official names")
+        if official[name].dim() != num_dimensions:
+            raise CheckpointError(
+                f"{name!r} of shape {tuple(official[name].shape)}: expected {num_dimensions} dimensions"
+            )
+        return tuple(official[name].shape)
+
+    hidden_size, num_channels, patch_size, _ = shape("patch_embed.proj.weight", 4)
+    intermediate_size, state_size = shape("layers.0.mixer.A_log", 2)
+    layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in official) if match}
+    if layers != set(range(len(layers))):
+        raise CheckpointError(f"layers {sorted(layers)[:30]}: expected all of 0, 1, 2, ...")
+    geometry = {
+        "num_channels": num_channels,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(layers),
+        "state_size": state_size,
+        "expand": intermediate_size // max(hidden_size, 1),
+        "conv_kernel": shape("layers.0.mixer.conv1d.weight", 3)[2],
+        "time_step_rank": shape("layers.0.mixer.dt_proj.weight", 2)[1],
+    }
+    for name, value in geometry.items():
+        if overrides.setdefault(name, value) != value:
+            raise CheckpointError(f"{name}={overrides[name]}: the tensors of the checkpoint say {value}")
+
+    num_patches = shape("pos_embed", 3)[1] - 1
+    if "image_size" not in overrides:
+        stride = overrides.get("patch_stride") or patch_size
+        side = math.isqrt(num_patches)
+        if side * side != num_patches:
+            raise CheckpointError(f"'pos_embed' has {num_patches} patches, which form no square: give --image_size")
+        overrides["image_size"] = (side - 1) * stride + patch_size
+    if not any(name.startswith("fusion") for name in overrides):
+        overrides["fusion_strategy"] = "none"
+    try:
+        return FambaVConfig(num_labels=shape("head.weight", 2)[0], **overrides)
+    except StrictDataclassError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _rename(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for official ones. A name that is not official stays as it is, and is reported as unexpected."""
+
+    def renamed(name: str) -> str:
+        if name in _RENAMED:
+            return _RENAMED[name]
+        if match := _SCAN_PARAMETER.fullmatch(name):
+            mixer, parameter, backward, ending = match.groups()
+            return f"fambav.{mixer}.{'backward_scan' if backward else 'forward_scan'}.{parameter}{ending or ''}"
+        return f"fambav.{name}" if _LAYER_PARAMETER.fullmatch(name) else name
+
+    return {renamed(name): tensor for name, tensor in official.items()}
+
+
+def _check_same_parameters(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} of shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"not a Vim checkpoint of one geometry: {'; '.join(problems[:5])}{more}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="official .pth or .safetensors file")
+    parser.add_argument("output_folder", type=Path, help="folder to write; must not exist yet, or be empty")
+    add_model_flags(parser)
+    namespace = parser.parse_args()
+    try:
+        model = convert(namespace.checkpoint, namespace.output_folder, **config_overrides(namespace))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    config = model.config
+    print(
+        f"{namespace.output_folder}: {model.num_parameters():,} parameters, {config.num_hidden_layers} layers, "
+        f"{config.num_labels} labels, image size {config.image_size}, class token at the {config.cls_token_position}, "
+        f"fusion {config.fusion_strategy}, tokens per layer {config.sequence_lengths}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Model cards, written from what a run measured and nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.configuration_utils import PreTrainedConfig
+
+TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
+
+
+def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
+    """Card of a trained classifier.
+
+    Args:
+        config: configuration of the model.
+        results: the content of `all_results.json`.
+    """
+    dataset = results["dataset"]
+    name = f"fambav-{Path(dataset).name}-{config.fusion_strategy}"
+    metrics = {"accuracy": results["top1"], "top-5 accuracy": results["top5"]}
+    is_hub_id = dataset.count("/") == 1 and not Path(dataset).exists()
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["fambav", "vision-mamba", "token-fusion", "image-classification"],
+        datasets=[dataset] if is_hub_id else None,
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset if is_hub_id else Path(dataset).name,
+                dataset_name=Path(dataset).name,
+                dataset_split="validation",
+                metric_type="accuracy",
+                metric_name=metric,
+                metric_value=round(value, 2),
+            )
+            for metric, value in metrics.items()
+        ],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        dataset=Path(dataset).name,
+        config=config,
+        fusion=_describe_fusion(config),
+        memory_mib=round(results["peak_memory_bytes"] / 2**20),
+        command=_command(results["arguments"]),
+        versions=", ".join(f"{package} {version}" for package, version in results["versions"].items()),
+        results=results,
+    )
+
+
+def _describe_fusion(config: PreTrainedConfig) -> str:
+    if config.fusion_strategy == "none":
+        return "off"
+    return (
+        f"`{config.fusion_strategy}`, {sum(config.tokens_removed)} of {config.num_patches} patch tokens are averaged "
+        f"away ({config.fusion_metric} similarity, {config.fusion_reduction} reduction, {config.fusion_order} order)"
+    )
+
+
+def _command(arguments: dict[str, Any]) -> str:
+    """The command that repeats a run, one flag per line."""
+    lines = ["accelerate launch training/train.py"]
+    for name, value in arguments.items():
+        if value is not None:
+            words = value if isinstance(value, (list, tuple)) else [value]
+            lines.append(f"  --{name} " + " ".join(word if isinstance(word, str) else json.dumps(word) for word in words))
+    return " \\\n".join(lines)
