@@ -5,7 +5,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from .configuration_fambav import FambaVConfig
 from .modeling_fambav import FambaVForImageClassification, FambaVModel, FambaVPreTrainedModel
-from .selective_scan import selective_scan, selective_scan_backend
+from .selective_scan import selective_scan_backend, set_selective_scan_backend
 from .token_fusion import Matching, match_tokens, unmerge
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ __all__ = [
     "FambaVPreTrainedModel",
     "Matching",
     "match_tokens",
-    "selective_scan",
     "selective_scan_backend",
+    "set_selective_scan_backend",
     "unmerge",
 ]

@@ -144,7 +144,9 @@ class FambaVRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # The residual stream may be wider than the weights, and what follows has the dtype of the weights.
-        normed = nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+        normed = nn.functional.rms_norm(
+            hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps
+        )
         return normed.to(self.weight.dtype)
 
 

@@ -17,21 +17,33 @@ Glossary
         y_t = C_t h_t + D x_t
         out = silu(z) * mean over directions of y
 
-`selective_scan` and `causal_conv1d` are the API. They choose a backend by device and by what is installed;
-`selective_scan_backend` tells which.
+`selective_scan` and `causal_conv1d` are the API. They choose a backend by device and by what is installed, unless
+`set_selective_scan_backend` or the environment variable FAMBAV_SCAN_BACKEND names one; `selective_scan_backend` tells
+which it is. Backends are files of their own: selective_scan_numba.py (CPU), selective_scan_mamba_ssm.py (CUDA) and
+selective_scan_torch.py (anywhere); `selective_scan_reference` is what all of them are tested against.
 """
 
-import functools
+import importlib.util
+import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
+from .selective_scan_torch import conv as torch_conv
+from .selective_scan_torch import gated_mean, time_steps
+from .selective_scan_torch import scan as torch_scan
+
 logger = logging.get_logger(__name__)
 
-# Time steps whose states (G, B, steps, E, N) the torch path holds at once.
-_CHUNK_LENGTH = 32
+_BACKENDS = {
+    # name: (module to import, what to install)
+    "numba": ("numba", "numba"),
+    "mamba-ssm": ("mamba_ssm", "mamba-ssm causal-conv1d"),
+    "torch": ("torch", "torch"),
+}
+_INSTALLED = {name: importlib.util.find_spec(module) is not None for name, (module, _) in _BACKENDS.items()}
+_chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
 
 
 def selective_scan(
@@ -63,10 +75,18 @@ def selective_scan(
 
     Raises:
         ValueError: if a shape does not fit, or there are not one or two directions.
+        ImportError: if the backend that was asked for is not installed.
     """
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    scan = _scan_mamba_ssm if selective_scan_backend(x) == "mamba-ssm" else _scan_torch
-    return _gate(scan(x, dt, A, B, C, D, dt_bias, dt_scale), z).to(x.dtype)
+    backend = selective_scan_backend(x)
+    if backend == "numba":
+        keep_states = torch.is_grad_enabled()
+        return _fused_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)[0]
+    if backend == "mamba-ssm":
+        from .selective_scan_mamba_ssm import scan as mamba_ssm_scan
+
+        return mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+    return torch_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -80,33 +100,55 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `(G, B, T, E)`.
     """
-    num_tokens, kernel_size = x.shape[1], weight.shape[-1]
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    outputs = []
-    for direction in range(weight.shape[0]):
-        taps = weight[direction]
-        if direction == 0:
-            padded = F.pad(x, (0, 0, kernel_size - 1, 0))
-        else:
-            padded = F.pad(x, (0, 0, 0, kernel_size - 1))
-            taps = taps.flip(-1)
-        output = bias[direction].expand_as(x)
-        for tap in range(kernel_size):
-            output = torch.addcmul(output, padded[:, tap : tap + num_tokens], taps[:, tap])
-        outputs.append(output)
-    return F.silu(torch.stack(outputs))
+    if selective_scan_backend(x) == "numba":
+        return _fused_conv(x, weight, bias)
+    return torch_conv(x, weight, bias)
 
 
 def selective_scan_backend(tensor: Tensor) -> str:
-    """Name of the backend that scans a tensor like this one: `"mamba-ssm"` or `"torch"`."""
-    if tensor.is_cuda:
-        if _mamba_ssm_scan() is not None and tensor.dtype != torch.float64:
-            return "mamba-ssm"
+    """Name of the backend that scans a tensor like this one: `"numba"`, `"mamba-ssm"` or `"torch"`.
+
+    Raises:
+        ValueError: if the backend that was asked for does not exist or does not serve the tensor's device.
+        ImportError: if it is not installed.
+    """
+    device = tensor.device.type
+    if _chosen is not None:
+        _check_backend(_chosen)
+        if {"numba": "cpu", "mamba-ssm": "cuda"}.get(_chosen, device) != device:
+            raise ValueError(f"scan backend {_chosen!r}: does not run on device {device!r}")
+        return _chosen
+    if tensor.dtype == torch.float64:
+        return "torch"  # the kernels compute in float32
+    preferred = {"cpu": "numba", "cuda": "mamba-ssm"}.get(device, "torch")
+    if _INSTALLED[preferred]:
+        return preferred
+    if not torch.compiler.is_compiling():
         logger.warning_once(
-            "Famba-V scans with plain torch operations on the GPU, which is slow. "
-            "`pip install mamba-ssm causal-conv1d` provides compiled kernels."
+            f"Famba-V scans with plain torch operations on {device!r}, which is slow. "
+            f"`pip install {_BACKENDS[preferred][1]}` provides kernels."
         )
     return "torch"
+
+
+def set_selective_scan_backend(name: str | None) -> None:
+    """Use this backend from now on: `"numba"`, `"mamba-ssm"`, `"torch"`, or None to choose by device again.
+
+    Raises:
+        ValueError: if there is no such backend.
+        ImportError: if it is not installed.
+    """
+    global _chosen
+    if name is not None:
+        _check_backend(name)
+    _chosen = name
+
+
+def _check_backend(name: str) -> None:
+    if name not in _BACKENDS:
+        raise ValueError(f"scan backend {name!r}: expected one of {sorted(_BACKENDS)}")
+    if not _INSTALLED[name]:
+        raise ImportError(f"the scan backend {name} is not installed: `pip install {_BACKENDS[name][1]}`")
 
 
 def selective_scan_reference(
@@ -127,7 +169,7 @@ def selective_scan_reference(
     Returns:
         the output `(B, T, E)` and the last state of each direction `(G, B, E, N)`.
     """
-    delta = _time_steps(dt, dt_bias, dt_scale)
+    delta = time_steps(dt, dt_bias, dt_scale)
     x_, A, B, C, D = (tensor.to(delta.dtype) for tensor in (x, A, B, C, D))
     num_tokens = x.shape[2]
     outputs, last_states = [], []
@@ -140,10 +182,7 @@ def selective_scan_reference(
             y[t] = (h * C[g, :, t, None, :]).sum(-1) + D[g] * x_[g, :, t]
         outputs.append(torch.stack(y, dim=1))
         last_states.append(h)
-    return _gate(torch.stack(outputs), z).to(x.dtype), torch.stack(last_states)
-
-
-# ---- what all backends share ----
+    return gated_mean(torch.stack(outputs), z).to(x.dtype), torch.stack(last_states)
 
 
 def _check_shapes(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> None:
@@ -166,164 +205,105 @@ def _check_shapes(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> None:
             raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape} beside x {tuple(x.shape)}")
 
 
-def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_scale: Tensor | None) -> Tensor:
-    """delta (G, B, T, E) in float32 (float64 for float64 inputs)."""
-    delta = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    if dt_bias is not None:
-        delta = delta + dt_bias[:, None, None, :]
-    delta = F.softplus(delta)
-    return delta if dt_scale is None else delta * dt_scale.detach().unsqueeze(-1)
+# ---- kernels as torch operators, for torch.compile, autocast, checkpointing and export ----
+# numba is imported inside them: at the first scan, not when a model is imported.
 
 
-def _gate(y: Tensor, z: Tensor | None) -> Tensor:
-    """silu(z) * mean over directions: (G, B, T, E), (B, T, E) -> (B, T, E)."""
-    y = y.mean(dim=0)
-    return y if z is None else y * F.silu(z.to(y.dtype))
+@torch.library.custom_op("fambav::selective_scan", mutates_args=())
+def _fused_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_scale: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the states that the backward pass starts from (empty unless `keep_states`)."""
+    from .selective_scan_numba import scan_forward
+
+    return scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
 
 
-def _in_scan_order(tensor: Tensor) -> Tensor:
-    """(G, B, T, ...): turn the backward direction round, so that every direction runs from first to last.
+@_fused_scan.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states):
+    from .selective_scan_numba import states_shape
 
-    Its own inverse."""
-    return torch.cat((tensor[:1], tensor[1:].flip(2)))
-
-
-# ---- backend "torch" ----
+    return x.new_empty(x.shape[1:]), x.new_empty(states_shape(x, A, keep_states), dtype=torch.float32)
 
 
-def _scan_torch(x, dt, A, B, C, D, dt_bias, dt_scale) -> Tensor:
-    """(G, B, T, E) in float32: y of each direction at the positions of the sequence."""
-    delta = _time_steps(dt, dt_bias, dt_scale)
-    x, A, B, C, D = (tensor.to(delta.dtype) for tensor in (x, A, B, C, D))
-    x_, delta_, B, C = (_in_scan_order(tensor) for tensor in (x, delta, B, C))
-    return _in_scan_order(_recurrence(x_, delta_, A, B, C)) + D[:, None, None, :] * x
+@torch.library.custom_op("fambav::selective_scan_backward", mutates_args=())
+def _fused_scan_backward(
+    dout: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_scale: Tensor | None,
+    states: Tensor,
+) -> list[Tensor]:
+    """Gradients of x, dt, A, B, C, D and, if they are given, z and dt_bias."""
+    from .selective_scan_numba import scan_backward
+
+    gradients = scan_backward(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states)
+    inputs = (x, dt, A, B, C, D, z, dt_bias)
+    return [
+        gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs) if tensor is not None
+    ]
 
 
-@torch.library.custom_op("fambav::recurrence", mutates_args=())
-def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """C_t h_t for tensors in scan order. An operator, so that torch.compile does not unroll the loop over time.
-
-    Only one chunk of states exists at a time; the backward pass computes them again."""
-    state = x.new_zeros(_state_shape(x, A))
-    y = torch.empty_like(x)
-    for steps in _chunks(x.shape[2]):
-        states, _ = _states(x[:, :, steps], delta[:, :, steps], A, B[:, :, steps], state)
-        y[:, :, steps] = _read_out(states, C[:, :, steps])
-        state = states[-1]
-    return y
+@_fused_scan_backward.register_fake
+def _(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D, z, dt_bias) if tensor is not None]
 
 
-@_recurrence.register_fake
-def _(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _save_scan(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9], output[1])
 
 
-@torch.library.custom_op("fambav::recurrence_backward", mutates_args=())
-def _recurrence_backward(
-    dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, delta, A, B, C.
-
-    The adjoint g_t of the state runs backwards through time: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
-    chunks = list(_chunks(x.shape[2]))
-    entry_states = [x.new_zeros(_state_shape(x, A))]
-    for steps in chunks[:-1]:
-        states, _ = _states(x[:, :, steps], delta[:, :, steps], A, B[:, :, steps], entry_states[-1])
-        entry_states.append(states[-1].clone())
-
-    dx, ddelta, dA, dB, dC = (torch.empty_like(x), torch.empty_like(delta), torch.zeros_like(A)) + (
-        torch.empty_like(B),
-        torch.empty_like(C),
-    )
-    carried = x.new_zeros(_state_shape(x, A))  # exp(delta_{t+1} A) g_{t+1}
-    for steps, entry_state in zip(reversed(chunks), reversed(entry_states)):
-        x_c, delta_c, B_c, C_c, dy_c = (tensor[:, :, steps] for tensor in (x, delta, B, C, dy))
-        states, decay = _states(x_c, delta_c, A, B_c, entry_state)
-        previous = torch.cat((entry_state.unsqueeze(0), states[:-1]))
-
-        adjoint = torch.einsum("gbte,gbtn->tgben", dy_c, C_c).contiguous()
-        for t in reversed(range(adjoint.shape[0])):
-            adjoint[t] += carried
-            torch.mul(decay[t], adjoint[t], out=carried)
-
-        dC[:, :, steps] = torch.einsum("tgben,gbte->gbtn", states, dy_c)
-        dB[:, :, steps] = torch.einsum("tgben,gbte->gbtn", adjoint, delta_c * x_c)
-        d_drive = torch.einsum("tgben,gbtn->gbte", adjoint, B_c)
-        d_exponent = adjoint.mul_(previous).mul_(decay)  # gradient of delta_t A
-        dx[:, :, steps] = d_drive * delta_c
-        ddelta[:, :, steps] = d_drive * x_c + torch.einsum("tgben,gen->gbte", d_exponent, A)
-        dA += torch.einsum("tgben,gbte->gen", d_exponent, delta_c)
-    return dx, ddelta, dA, dB, dC
+def _backward_of_scan(ctx, dout, _):
+    inputs = ctx.saved_tensors
+    gradients = iter(_fused_scan_backward(dout, *inputs))
+    differentiable = [next(gradients) if tensor is not None else None for tensor in inputs[:8]]
+    return *differentiable, None, None
 
 
-@_recurrence_backward.register_fake
-def _(dy, x, delta, A, B, C):
-    return tuple(torch.empty_like(tensor) for tensor in (x, delta, A, B, C))
+_fused_scan.register_autograd(_backward_of_scan, setup_context=_save_scan)
 
 
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+@torch.library.custom_op("fambav::causal_conv1d", mutates_args=())
+def _fused_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from .selective_scan_numba import conv_forward
+
+    return conv_forward(x, weight, bias)
 
 
-_recurrence.register_autograd(
-    lambda ctx, dy: _recurrence_backward(dy, *ctx.saved_tensors), setup_context=_save_inputs
+@_fused_conv.register_fake
+def _(x, weight, bias):
+    return x.new_empty(weight.shape[0], *x.shape)
+
+
+@torch.library.custom_op("fambav::causal_conv1d_backward", mutates_args=())
+def _fused_conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from .selective_scan_numba import conv_backward
+
+    dx, dweight, dbias = conv_backward(dout, x, weight, bias)
+    return dx.to(x.dtype), dweight.to(weight.dtype).contiguous(), dbias.to(bias.dtype).contiguous()
+
+
+@_fused_conv_backward.register_fake
+def _(dout, x, weight, bias):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias))
+
+
+_fused_conv.register_autograd(
+    lambda ctx, dout: _fused_conv_backward(dout, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
-
-
-def _chunks(num_tokens: int) -> list[slice]:
-    return [slice(start, start + _CHUNK_LENGTH) for start in range(0, num_tokens, _CHUNK_LENGTH)]
-
-
-def _state_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
-    return (x.shape[0], x.shape[1], x.shape[3], A.shape[2])
-
-
-def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States after every step, and the decay of every step, time first so that one step is contiguous: (T,G,B,E,N)."""
-    decay = torch.exp_(torch.einsum("gbte,gen->tgben", delta, A).contiguous())
-    states = torch.einsum("gbte,gbtn->tgben", delta * x, B).contiguous()
-    for t in range(states.shape[0]):
-        state = states[t].addcmul_(decay[t], state)
-    return states, decay
-
-
-def _read_out(states: Tensor, C: Tensor) -> Tensor:
-    """C_t h_t: (T, G, B, E, N), (G, B, T, N) -> (G, B, T, E)."""
-    return torch.einsum("tgben,gbtn->gbte", states, C)
-
-
-# ---- backend "mamba-ssm" ----
-
-
-@functools.cache
-def _mamba_ssm_scan():
-    """mamba-ssm's compiled scan, or None where it is not installed."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError:
-        return None
-    return selective_scan_fn
-
-
-def _scan_mamba_ssm(x, dt, A, B, C, D, dt_bias, dt_scale) -> Tensor:
-    """As `_scan_torch`. The kernel wants (B, channels, T); the directions are stacked on the channels, and B and C
-    form one group per direction, so that one launch scans them all."""
-    softplus_in_kernel = dt_scale is None
-    if not softplus_in_kernel:
-        dt, dt_bias = _time_steps(dt, dt_bias, dt_scale), None
-
-    def to_kernel(tensor: Tensor) -> Tensor:
-        return _in_scan_order(tensor).permute(1, 0, 3, 2).to(x.dtype).contiguous()  # (B, G, channels, T)
-
-    y = _mamba_ssm_scan()(
-        to_kernel(x).flatten(1, 2),
-        to_kernel(dt).flatten(1, 2),
-        A.float().flatten(0, 1),
-        to_kernel(B),
-        to_kernel(C),
-        D.float().flatten(),
-        delta_bias=None if dt_bias is None else dt_bias.float().flatten(),
-        delta_softplus=softplus_in_kernel,
-    )
-    y = y.unflatten(1, (x.shape[0], -1)).permute(1, 0, 3, 2)  # (G, B, T, E)
-    return _in_scan_order(y).float()

@@ -12,14 +12,10 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import transformers
 
 PACKAGE = "transformers_tests"
 CACHE = Path(__file__).parents[1] / ".cache"
-
-# Markers that transformers registers in its conftest.py; --strict-markers would refuse them.
-MARKERS = ("accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "torch_compile_test")
 
 # The release holds tests/*.py without the sub-folders. This is what these files import from there: two classes of
 # further tests (of exporters, and of text generation), and values other than the default of fields all configs have.
@@ -56,8 +52,6 @@ def prepare_common_tests() -> None:
         module = ModuleType(f"{PACKAGE}.{name}")
         vars(module).update(content)
         sys.modules[module.__name__] = module
-    for marker in MARKERS:
-        pytest.mark._config.addinivalue_line("markers", marker)  # pytest has no public way at this point
 
 
 def _cached_tests(version: str) -> Path:

@@ -105,7 +105,9 @@ def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
             f"The unpickler says: {str(error).splitlines()[0]}"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint}: damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{checkpoint}: damaged or not a checkpoint ({type(error).__name__}: {error})"
+        ) from error
 
     if isinstance(content, dict) and isinstance(content.get("model"), dict):  # the official script's files
         content = content["model"]

@@ -97,7 +97,9 @@ def _find_column(dataset: Dataset, flag: str, name: str | None, feature_type: ty
             raise DataError(f"--{flag}: no column of type {feature_type.__name__} among {columns}")
         return candidates[0]
     if name not in candidates:
-        raise DataError(f"--{flag} {name}: expected a column of type {feature_type.__name__}, the columns are {columns}")
+        raise DataError(
+            f"--{flag} {name}: expected a column of type {feature_type.__name__}, the columns are {columns}"
+        )
     return name
 
 

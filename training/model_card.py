@@ -71,5 +71,7 @@ def _command(arguments: dict[str, Any]) -> str:
     for name, value in arguments.items():
         if value is not None:
             words = value if isinstance(value, (list, tuple)) else [value]
-            lines.append(f"  --{name} " + " ".join(word if isinstance(word, str) else json.dumps(word) for word in words))
+            lines.append(
+                f"  --{name} " + " ".join(word if isinstance(word, str) else json.dumps(word) for word in words)
+            )
     return " \\\n".join(lines)

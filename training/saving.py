@@ -37,9 +37,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_release(
-    folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, results: dict[str, Any]
-) -> None:
+def save_release(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, results: dict[str, Any]) -> None:
     """Write what a user needs to load and to judge a model: weights, code, processor, results and card."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

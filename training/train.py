@@ -9,6 +9,7 @@ a model card.
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -90,6 +91,14 @@ class TrainingArguments:
             raise ValueError(f"--mixed_precision {self.mixed_precision}: expected no, fp16 or bf16")
 
 
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Share the cores among the processes of this machine: `accelerate launch` gives each of them one thread."""
+    if accelerator.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(torch.get_num_threads(), cores // local_processes))
+
+
 def create_model(
     args: TrainingArguments, overrides: dict[str, Any], label_names: list[str]
 ) -> tuple[FambaVForImageClassification, BaseImageProcessor]:
@@ -117,7 +126,9 @@ def create_loaders(
             dataset = dataset.select(range(min(max_samples, len(dataset))))
         tensors = ImageTensors(dataset, images.image_column, images.label_column, processor)
         # A batch already comes whole from the dataset, so there is nothing to collate.
-        return DataLoader(tensors, batch_size, shuffle=is_training, drop_last=is_training, collate_fn=lambda batch: batch)
+        return DataLoader(
+            tensors, batch_size, shuffle=is_training, drop_last=is_training, collate_fn=lambda batch: batch
+        )
 
     train = loader(images.train, args.max_train_samples, args.per_device_train_batch_size, True)
     validation = loader(images.validation, args.max_eval_samples, args.per_device_eval_batch_size, False)
@@ -197,6 +208,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         cpu=args.cpu,
         step_scheduler_with_optimizer=False,
     )
+    use_all_cores(accelerator)
     set_seed(args.seed)
     images = load_labeled_images(
         args.dataset_name,

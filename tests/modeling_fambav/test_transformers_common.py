@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
-from transformers_common_tests import NotAvailableError, prepare_common_tests
 
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel
 from modeling_fambav.modeling_fambav import FambaVPatchEmbeddings
+from transformers_common_tests import NotAvailableError, prepare_common_tests
 
 try:
     prepare_common_tests()
