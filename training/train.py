@@ -223,6 +223,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(args, accelerator, model, processor, train_loader)
     validation_loader = accelerator.prepare(validation_loader)
 
+    start_memory = peak_memory_bytes(accelerator.device)
     train_seconds, log = 0.0, []
     for epoch in range(1, trainer.num_epochs + 1):
         started = time.perf_counter()
@@ -244,6 +245,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         "train_seconds": train_seconds,
         "images_per_second": num_images * accelerator.num_processes / train_seconds,
         "peak_memory_bytes": peak_memory,
+        "start_memory_bytes": start_memory,
         "sequence_lengths": model.config.sequence_lengths,
         "num_parameters": model.num_parameters(),
         "steps": trainer.step,

@@ -1,0 +1,31 @@
+# make demo    train the quickstart model without and with token fusion, and compare
+# make test    all tests that need no GPU and less than a minute
+# make quality check style; make style mends it
+#
+# The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.10 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test quality style
+
+demo: $(INSTALLED)
+	$(BIN)/python training/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test]"
+	touch $(INSTALLED)

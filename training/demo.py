@@ -1,0 +1,104 @@
+"""Train the quickstart model without and with token fusion, compare the two, and classify a digit.
+
+    make demo
+
+Leaves the two models in outputs/demo/none and outputs/demo/upper, and a plot in outputs/demo/demo.png.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from transformers import pipeline
+
+from data import DIGITS, load_labeled_images
+from tables import markdown_table
+
+CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+OUTPUT = Path("outputs/demo")
+STRATEGIES = ("none", "upper")
+
+
+def train(strategy: str) -> dict[str, Any]:
+    """Train in a process of its own, whose memory is its own, and return its results."""
+    folder = OUTPUT / strategy
+    print(f"\nTraining with fusion_strategy={strategy} ...", flush=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", str(Path(__file__).parent / "train.py")]
+    command += [f"--config={CONFIG}", f"--fusion_strategy={strategy}", f"--output_dir={folder}"]
+    subprocess.run(command, check=True)
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def compare(results: dict[str, dict[str, Any]]) -> str:
+    """The table of `make demo`."""
+    rows = [
+        {
+            "fusion": strategy,
+            "top-1, %": f"{result['top1']:.2f}",
+            "training, s": f"{result['train_seconds']:.1f}",
+            "images/s": f"{result['images_per_second']:.0f}",
+            "peak memory, MiB": f"{result['peak_memory_bytes'] / 2**20:.0f}",
+            "of it for training": f"{(result['peak_memory_bytes'] - result['start_memory_bytes']) / 2**20:.0f}",
+            "tokens per layer": " ".join(map(str, result["sequence_lengths"])),
+        }
+        for strategy, result in results.items()
+    ]
+    return markdown_table(rows)
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Tokens per layer, training time and training memory, side by side."""
+    colors = dict(zip(STRATEGIES, ("tab:gray", "tab:orange")))
+    figure, (tokens, seconds, memory) = plt.subplots(1, 3, figsize=(11, 3.2), width_ratios=(2, 1, 1))
+    for strategy, result in results.items():
+        lengths = result["sequence_lengths"]
+        label = f"{strategy}: top-1 {result['top1']:.1f} %"
+        tokens.plot(range(1, len(lengths) + 1), lengths, "o-", color=colors[strategy], label=label)
+        training_mib = (result["peak_memory_bytes"] - result["start_memory_bytes"]) / 2**20
+        for axis, value in ((seconds, result["train_seconds"]), (memory, training_mib)):
+            axis.bar_label(axis.bar(strategy, value, color=colors[strategy]), fmt="%.0f")
+    tokens.set(xlabel="layer", ylabel="tokens", title="tokens that each layer scans", ylim=0)
+    tokens.legend(loc="lower left")
+    seconds.set(title="training, s")
+    memory.set(title="training memory, MiB")
+    for axis in (tokens, seconds, memory):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def classify_held_out_digit(model: Path) -> None:
+    """Classify the first digit that the model was not trained on, as a user would."""
+    images = load_labeled_images(DIGITS)
+    example = images.validation[0]
+    path = OUTPUT / "digit.png"
+    example[images.image_column].resize((64, 64)).save(path)
+    classify = pipeline("image-classification", model=str(model), trust_remote_code=True)
+    answers = ", ".join(f"{answer['label']} ({answer['score']:.1%})" for answer in classify(str(path), top_k=3))
+    truth = images.label_names[example[images.label_column]]
+    print(f"A held-out digit, {path}, is a {truth}. pipeline({str(model)!r}) says: {answers}")
+
+
+def main() -> None:
+    results = {strategy: train(strategy) for strategy in STRATEGIES}
+    none, upper = (results[strategy] for strategy in STRATEGIES)
+    plot(results, OUTPUT / "demo.png")
+    print(f"\n{compare(results)}\n")
+    print(
+        f"Fusion left {sum(upper['sequence_lengths']) / sum(none['sequence_lengths']):.0%} of the tokens to scan; "
+        f"training took {upper['train_seconds'] / none['train_seconds']:.0%} of the time."
+    )
+    print(f"Measured on {none['device']}; plot: {OUTPUT / 'demo.png'}")
+    classify_held_out_digit(OUTPUT / "upper")
+
+
+if __name__ == "__main__":
+    main()
