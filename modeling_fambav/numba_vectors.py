@@ -4,10 +4,12 @@ numba leaves vectorising to LLVM's guesses about loops, which here give a fifth 
 vectors: one AVX-512 register, or as many narrower ones as the machine needs. The order of all operations is written
 down, so results do not depend on the machine's vector width or on the number of threads.
 
-    v = load(array, row, column)          # 16 neighbouring float32 of a 2-D array, any strides between rows
-    store(array, row, column, v * v + full(1.0))
+    v = load(rows, row, column)           # 16 neighbouring values of one row
+    store(rows, row, column, v * v + full(2.0))
 
-Operators: + - * /. Functions: load, store, full, maximum, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
+`rows` is a matrix of float32 as the pair (address, bytes from row to row), so that no kernel depends on a memory
+layout. Operators: + - * /. Functions: load, store, load_scalar, store_scalar, fetch_add, full, maximum, exp2,
+reduce_sum, and exp, sigmoid, softplus made of them.
 """
 
 import operator
@@ -16,6 +18,8 @@ import numpy as np
 
 try:
     from llvmlite import ir
+    from numba import carray as carray
+    from numba import cfunc as cfunc
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic, models, overload, register_model
@@ -25,6 +29,7 @@ except ImportError as error:
 LANES = 16
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_INDEX = ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 # Multiply and add may become one fused instruction; nothing else about floating point is relaxed.
 _CONTRACT = ("contract",)
@@ -36,6 +41,7 @@ class _VectorType(types.Type):
 
 
 _vector = _VectorType()
+rows_type = types.UniTuple(types.int64, 2)
 
 
 @register_model(_VectorType)
@@ -48,36 +54,49 @@ def _constant(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(np.float32(value)))] * LANES)
 
 
-def _address(context, builder, array_type, array, row, column):
-    # Only rows may be any distance apart; the entries of a row are neighbours.
-    struct = context.make_array(array_type)(context, builder, array)
-    row_stride = builder.extract_value(struct.strides, 0)
-    bytes_ = builder.bitcast(struct.data, ir.IntType(8).as_pointer())
-    row_start = builder.bitcast(builder.gep(bytes_, [builder.mul(row, row_stride)]), _FLOAT.as_pointer())
-    return builder.bitcast(builder.gep(row_start, [column]), _FLOATS.as_pointer())
+def _address(builder, rows, row, column):
+    start, row_bytes = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
+    column_bytes = builder.mul(column, ir.Constant(_INDEX, 4))
+    return builder.add(builder.add(start, builder.mul(row, row_bytes)), column_bytes)
+
+
+def _access(value_type, llvm_type):
+    """The functions that read and write a value of one type at a row and a column."""
+
+    @intrinsic
+    def read(typing_context, rows, row, column):
+        def generate(context, builder, signature, args):
+            value = builder.load(builder.inttoptr(_address(builder, *args), llvm_type.as_pointer()))
+            value.align = 4
+            return value
+
+        return value_type(rows_type, types.intp, types.intp), generate
+
+    @intrinsic
+    def write(typing_context, rows, row, column, value):
+        def generate(context, builder, signature, args):
+            pointer = builder.inttoptr(_address(builder, *args[:3]), llvm_type.as_pointer())
+            builder.store(args[3], pointer).align = 4
+            return context.get_dummy_value()
+
+        return types.void(rows_type, types.intp, types.intp, value_type), generate
+
+    return read, write
+
+
+load, store = _access(_vector, _FLOATS)
+load_scalar, store_scalar = _access(types.float32, _FLOAT)
 
 
 @intrinsic
-def load(typing_context, array, row, column):
-    """Lanes `array[row, column : column + 16]`."""
+def fetch_add(typing_context, rows):
+    """Add 1 to the int64 at the start of `rows` and return what it was before, safe from other threads."""
 
     def generate(context, builder, signature, args):
-        lanes = builder.load(_address(context, builder, signature.args[0], *args))
-        lanes.align = 4
-        return lanes
+        pointer = builder.inttoptr(builder.extract_value(args[0], 0), _INDEX.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(_INDEX, 1), "monotonic")
 
-    return _vector(array, types.intp, types.intp), generate
-
-
-@intrinsic
-def store(typing_context, array, row, column, lanes):
-    """`array[row, column : column + 16] = lanes`."""
-
-    def generate(context, builder, signature, args):
-        builder.store(args[3], _address(context, builder, signature.args[0], *args[:3])).align = 4
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.intp, _vector), generate
+    return types.int64(rows_type), generate
 
 
 @intrinsic

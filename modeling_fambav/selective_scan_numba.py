@@ -4,18 +4,21 @@ One call does all directions and everything around the scan: bias, softplus and 
 connection, gate and mean. Tensors are channels-last, and the backward direction walks through time from the end, so
 nothing is flipped, transposed or copied. Names are those of `selective_scan.py`; in the kernels
 
-    tensors are 2-D: (G*B*T, E) or (G*B*T, N) or (B*T, E), row by row, with any distance between rows
+    tensors are rows of float32: (G*B*T, E) or (G*B*T, N) or (B*T, E), with any distance between rows
     A is (G*N, E) and multiplied by log2(e), so that the decay is exp2(delta * A)
-    a task is one image and one block of channels; it owns its outputs, so threads share nothing and the results do
-    not depend on their number. Sums over images or blocks are left to the caller.
     i counts steps of a scan, t = i or T - 1 - i is the position in the sequence
+
+A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
+not depend on their number; sums over images or blocks are left to the caller. A job is an array of int64 that all
+threads read: [next task, tasks, G, B, T, E, N or K, then address and row distance of every tensor]; an absent tensor
+has address 0.
 
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 """
 
+import ctypes
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,27 +26,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numba_vectors import LANES, exp2, full, load, njit, reduce_sum, sigmoid, softplus, store, types
+from .numba_vectors import (
+    LANES,
+    carray,
+    cfunc,
+    exp2,
+    fetch_add,
+    full,
+    load,
+    load_scalar,
+    njit,
+    reduce_sum,
+    sigmoid,
+    softplus,
+    store,
+    store_scalar,
+    types,
+)
 
 # Channels of one task: four vectors, so that a step reads runs of whole cache lines.
 _BLOCK = 64
 # Steps between kept states. The states and decays of one chunk of a task fit the second-level cache.
 _CHUNK = 64
 
+_NUM_TASKS, _SHAPE, _TENSORS = 1, 2, 7  # where these begin in a job
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
-
-def _kernel(signature):
-    """Compile for one signature, whatever the memory layout of the arguments, and keep the result on disk."""
-    return njit(signature, nogil=True, cache=True, error_model="numpy")
-
-
-_matrix = types.float32[:, :]
-_vector = types.float32[:]
-_shape = types.UniTuple(types.intp, 5)
-_range = (types.intp, types.intp)
-
 _inlined = njit(inline="always", error_model="numpy")
+# A C function of the address of a job. It needs no Python thread state, so any thread may run it.
+_kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+
+
+@_inlined
+def _rows(job, index):
+    return job[_TENSORS + 2 * index], job[_TENSORS + 2 * index + 1]
+
+
+@_inlined
+def _scratch(array):
+    """Rows of a C-contiguous float32 array."""
+    return types.int64(array.ctypes.data), types.int64(array.shape[1] * 4)
+
+
+@_inlined
+def _ceil_div(number, divisor):
+    return (number + divisor - 1) // divisor
 
 
 @_inlined
@@ -52,84 +79,96 @@ def _position(g, i, num_tokens):
 
 
 @_inlined
-def _delta(dt, dt_bias, dt_scale, row, image_row, g, e):
-    return softplus(load(dt, row, e) + load(dt_bias, g, e)) * full(dt_scale[image_row])
+def _scaled(value, dt_scale, image_row):
+    return value * full(load_scalar(dt_scale, image_row, 0)) if dt_scale[0] != 0 else value
 
 
-@_kernel(types.void(*[_matrix] * 8, _vector, *[_matrix] * 2, _shape, *_range))
-def _scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, out, states, shape, first_task, last_task):
-    num_directions, batch_size, num_tokens, channels, state_size = shape
-    num_blocks = (channels + _BLOCK - 1) // _BLOCK
-    num_chunks = (num_tokens + _CHUNK - 1) // _CHUNK
-    keeps_states, is_gated = states.shape[0] > 0, z.shape[0] > 0
-    share = np.float32(1.0) / np.float32(num_directions)
-    h = np.empty((state_size, _BLOCK), np.float32)
-    for task in range(first_task, last_task):
+@_kernel
+def _scan_forward(address):
+    job = carray(address, (_TENSORS + 2 * 11,), np.int64)
+    num_directions, batch_size, num_tokens, channels, state_size = (
+        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
+    )  # fmt: skip
+    x, dt, A, B, C, D = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3), _rows(job, 4), _rows(job, 5)
+    z, dt_bias, dt_scale, out, states = _rows(job, 6), _rows(job, 7), _rows(job, 8), _rows(job, 9), _rows(job, 10)
+    num_blocks, num_chunks = _ceil_div(channels, _BLOCK), _ceil_div(num_tokens, _CHUNK)
+    share = _ONE / np.float32(num_directions)
+    h_array = np.empty((state_size, _BLOCK), np.float32)
+    h = _scratch(h_array)
+    while True:
+        task = fetch_add(_scratch(job.reshape(1, -1)))
+        if task >= job[_NUM_TASKS]:
+            break
         b, start = task // num_blocks, task % num_blocks * _BLOCK
         stop = min(start + _BLOCK, channels)
         for g in range(num_directions):
-            h[:] = 0.0
+            h_array[:] = 0.0
             for i in range(num_tokens):
-                t = _position(g, i, num_tokens)
-                image_row = b * num_tokens + t
+                image_row = b * num_tokens + _position(g, i, num_tokens)
                 row = g * batch_size * num_tokens + image_row
-                if keeps_states and i % _CHUNK == 0:
+                if states[0] != 0 and i % _CHUNK == 0:
                     kept = ((g * batch_size + b) * num_chunks + i // _CHUNK) * state_size
                     for n in range(state_size):
                         for e in range(start, stop, LANES):
                             store(states, kept + n, e, load(h, n, e - start))
                 for e in range(start, stop, LANES):
                     x_t = load(x, row, e)
-                    delta = _delta(dt, dt_bias, dt_scale, row, image_row, g, e)
+                    delta = _scaled(softplus(load(dt, row, e) + load(dt_bias, g, e)), dt_scale, image_row)
                     drive = delta * x_t
                     y = load(D, g, e) * x_t
                     for n in range(state_size):
                         decay = exp2(delta * load(A, g * state_size + n, e))
-                        h_n = decay * load(h, n, e - start) + drive * full(B[row, n])
+                        h_n = decay * load(h, n, e - start) + drive * full(load_scalar(B, row, n))
                         store(h, n, e - start, h_n)
-                        y = y + h_n * full(C[row, n])
+                        y = y + h_n * full(load_scalar(C, row, n))
                     if g > 0:
                         y = y + load(out, image_row, e)
                     if g == num_directions - 1:
                         y = y * full(share)
-                        if is_gated:
+                        if z[0] != 0:
                             gate = load(z, image_row, e)
                             y = y * gate * sigmoid(gate)
                     store(out, image_row, e, y)
 
 
-@_kernel(types.void(*[_matrix] * 9, _vector, _matrix, _shape, *[_matrix] * 8, *_range))
-def _scan_backward(
-    dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, shape,
-    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, first_task, last_task,
-):  # fmt: skip
+@_kernel
+def _scan_backward(address):
     """Gradients. dA (B*G*N, E), dD and ddt_bias (B*G, E) are per image; dB and dC (blocks*G*B*T, N) per block.
 
     The adjoint g_t of the state runs backwards through the scan: g_t = C_t dy_t + decay_{t+1} g_{t+1}."""
-    num_directions, batch_size, num_tokens, channels, state_size = shape
-    num_blocks = (channels + _BLOCK - 1) // _BLOCK
-    num_chunks = (num_tokens + _CHUNK - 1) // _CHUNK
-    is_gated = z.shape[0] > 0
-    share = np.float32(1.0) / np.float32(num_directions)
-    log_2 = np.float32(np.log(2.0))
+    job = carray(address, (_TENSORS + 2 * 19,), np.int64)
+    num_directions, batch_size, num_tokens, channels, state_size = (
+        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
+    )  # fmt: skip
+    x, dt, A, B, C, D = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3), _rows(job, 4), _rows(job, 5)
+    z, dt_bias, dt_scale, dout, states = _rows(job, 6), _rows(job, 7), _rows(job, 8), _rows(job, 9), _rows(job, 10)
+    dx, ddt, dA, dB, dC = _rows(job, 11), _rows(job, 12), _rows(job, 13), _rows(job, 14), _rows(job, 15)
+    dD, dz, ddt_bias = _rows(job, 16), _rows(job, 17), _rows(job, 18)
+    num_blocks, num_chunks = _ceil_div(channels, _BLOCK), _ceil_div(num_tokens, _CHUNK)
+    share, log_2 = _ONE / np.float32(num_directions), np.float32(np.log(2.0))
     # h[i] is the state before step i of the chunk, h[i + 1] the one after it
-    h = np.empty(((_CHUNK + 1) * state_size, _BLOCK), np.float32)
-    decays = np.empty((_CHUNK * state_size, _BLOCK), np.float32)
-    deltas = np.empty((_CHUNK, _BLOCK), np.float32)
-    carried = np.empty((state_size, _BLOCK), np.float32)  # decay_{t+1} g_{t+1}
-    dB_t = np.empty((state_size, LANES), np.float32)
-    dC_t = np.empty((state_size, LANES), np.float32)
-    for task in range(first_task, last_task):
+    h_array = np.empty(((_CHUNK + 1) * state_size, _BLOCK), np.float32)
+    decay_array = np.empty((_CHUNK * state_size, _BLOCK), np.float32)
+    delta_array = np.empty((_CHUNK, _BLOCK), np.float32)
+    carried_array = np.empty((state_size, _BLOCK), np.float32)  # decay_{t+1} g_{t+1}
+    dB_array, dC_array = np.empty((state_size, LANES), np.float32), np.empty((state_size, LANES), np.float32)
+    h, decays, deltas, carried = (
+        _scratch(h_array), _scratch(decay_array), _scratch(delta_array), _scratch(carried_array)
+    )  # fmt: skip
+    dB_t, dC_t = _scratch(dB_array), _scratch(dC_array)
+    while True:
+        task = fetch_add(_scratch(job.reshape(1, -1)))
+        if task >= job[_NUM_TASKS]:
+            break
         b, block = task // num_blocks, task % num_blocks
         start = block * _BLOCK
         stop = min(start + _BLOCK, channels)
         for g in range(num_directions):
-            carried[:] = 0.0
+            carried_array[:] = 0.0
             image_direction = b * num_directions + g
-            for n in range(state_size):
-                for e in range(start, stop, LANES):
-                    store(dA, image_direction * state_size + n, e, full(_ZERO))
             for e in range(start, stop, LANES):
+                for n in range(state_size):
+                    store(dA, image_direction * state_size + n, e, full(_ZERO))
                 store(dD, image_direction, e, full(_ZERO))
                 store(ddt_bias, image_direction, e, full(_ZERO))
 
@@ -146,26 +185,25 @@ def _scan_backward(
                     row = g * batch_size * num_tokens + image_row
                     for e in range(start, stop, LANES):
                         c = e - start
-                        delta = _delta(dt, dt_bias, dt_scale, row, image_row, g, e)
+                        delta = _scaled(softplus(load(dt, row, e) + load(dt_bias, g, e)), dt_scale, image_row)
                         store(deltas, i, c, delta)
                         drive = delta * load(x, row, e)
                         for n in range(state_size):
                             decay = exp2(delta * load(A, g * state_size + n, e))
                             store(decays, i * state_size + n, c, decay)
-                            h_n = decay * load(h, i * state_size + n, c) + drive * full(B[row, n])
+                            h_n = decay * load(h, i * state_size + n, c) + drive * full(load_scalar(B, row, n))
                             store(h, (i + 1) * state_size + n, c, h_n)
 
                 for i in range(steps - 1, -1, -1):
                     image_row = b * num_tokens + _position(g, first + i, num_tokens)
                     row = g * batch_size * num_tokens + image_row
-                    for n in range(state_size):
-                        store(dB_t, n, 0, full(_ZERO))
-                        store(dC_t, n, 0, full(_ZERO))
+                    dB_array[:] = 0.0
+                    dC_array[:] = 0.0
                     for e in range(start, stop, LANES):
                         c = e - start
                         dout_t = load(dout, image_row, e) * full(share)
                         gate, gate_sigmoid, dy = full(_ONE), full(_ONE), dout_t
-                        if is_gated:
+                        if z[0] != 0:
                             gate = load(z, image_row, e)
                             gate_sigmoid = sigmoid(gate)
                             dy = dout_t * gate * gate_sigmoid
@@ -173,28 +211,28 @@ def _scan_backward(
                         drive = delta * x_t
                         y, d_drive, d_delta = skip * x_t, full(_ZERO), full(_ZERO)
                         for n in range(state_size):
-                            A_n = load(A, g * state_size + n, e)
+                            B_n, C_n = full(load_scalar(B, row, n)), full(load_scalar(C, row, n))
                             after = load(h, (i + 1) * state_size + n, c)
-                            adjoint = load(carried, n, c) + dy * full(C[row, n])
-                            y = y + after * full(C[row, n])
+                            adjoint = load(carried, n, c) + dy * C_n
+                            y = y + after * C_n
                             store(dC_t, n, 0, load(dC_t, n, 0) + dy * after)
                             store(dB_t, n, 0, load(dB_t, n, 0) + adjoint * drive)
-                            d_drive = d_drive + adjoint * full(B[row, n])
+                            d_drive = d_drive + adjoint * B_n
                             adjoint = adjoint * load(decays, i * state_size + n, c)
                             store(carried, n, c, adjoint)
                             d_exponent = adjoint * load(h, i * state_size + n, c)
-                            d_delta = d_delta + d_exponent * A_n
+                            d_delta = d_delta + d_exponent * load(A, g * state_size + n, e)
                             dA_row = image_direction * state_size + n
                             store(dA, dA_row, e, load(dA, dA_row, e) + d_exponent * delta)
                         # A holds A log2(e), so its product with delta comes back by log(2)
                         d_delta = d_delta * full(log_2) + d_drive * x_t
                         store(dx, row, e, d_drive * delta + dy * skip)
                         store(dD, image_direction, e, load(dD, image_direction, e) + dy * x_t)
-                        slope = sigmoid(load(dt, row, e) + load(dt_bias, g, e)) * full(dt_scale[image_row])
+                        slope = _scaled(sigmoid(load(dt, row, e) + load(dt_bias, g, e)), dt_scale, image_row)
                         d_dt = d_delta * slope
                         store(ddt, row, e, d_dt)
                         store(ddt_bias, image_direction, e, load(ddt_bias, image_direction, e) + d_dt)
-                        if is_gated:
+                        if z[0] != 0:
                             # d silu(z) / dz = s (1 + z (1 - s))
                             d_gate = dout_t * y * gate_sigmoid * (full(_ONE) + gate * (full(_ONE) - gate_sigmoid))
                             if g > 0:
@@ -202,13 +240,13 @@ def _scan_backward(
                             store(dz, image_row, e, d_gate)
                     partial = block * num_directions * batch_size * num_tokens + row
                     for n in range(state_size):
-                        dB[partial, n] = reduce_sum(load(dB_t, n, 0))
-                        dC[partial, n] = reduce_sum(load(dC_t, n, 0))
+                        store_scalar(dB, partial, n, reduce_sum(load(dB_t, n, 0)))
+                        store_scalar(dC, partial, n, reduce_sum(load(dC_t, n, 0)))
 
 
 @_inlined
 def _convolved(x, weight, bias, g, b, t, e, num_tokens, kernel_size):
-    """Before the SiLU. Tap k of the forward direction sees position t - (K - 1) + k, the backward one's mirror it."""
+    """Before the SiLU. Tap k of the forward direction sees position t - (K - 1) + k, the backward one's mirrors it."""
     total = load(bias, g, e)
     for k in range(kernel_size):
         distance = kernel_size - 1 - k
@@ -218,11 +256,18 @@ def _convolved(x, weight, bias, g, b, t, e, num_tokens, kernel_size):
     return total
 
 
-@_kernel(types.void(*[_matrix] * 4, _shape, *_range))
-def _conv_forward(x, weight, bias, out, shape, first_task, last_task):
-    num_directions, batch_size, num_tokens, channels, kernel_size = shape
-    num_blocks = (channels + _BLOCK - 1) // _BLOCK
-    for task in range(first_task, last_task):
+@_kernel
+def _conv_forward(address):
+    job = carray(address, (_TENSORS + 2 * 4,), np.int64)
+    num_directions, batch_size, num_tokens, channels, kernel_size = (
+        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
+    )  # fmt: skip
+    x, weight, bias, out = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3)
+    num_blocks = _ceil_div(channels, _BLOCK)
+    while True:
+        task = fetch_add(_scratch(job.reshape(1, -1)))
+        if task >= job[_NUM_TASKS]:
+            break
         b, start = task // num_blocks, task % num_blocks * _BLOCK
         for t in range(num_tokens):
             for g in range(num_directions):
@@ -231,12 +276,20 @@ def _conv_forward(x, weight, bias, out, shape, first_task, last_task):
                     store(out, (g * batch_size + b) * num_tokens + t, e, u * sigmoid(u))
 
 
-@_kernel(types.void(*[_matrix] * 4, _shape, *[_matrix] * 3, *_range))
-def _conv_backward(dout, x, weight, bias, shape, dx, dweight, dbias, first_task, last_task):
+@_kernel
+def _conv_backward(address):
     """Gradients. dweight (B*G*K, E) and dbias (B*G, E) are per image. All three start as zeros."""
-    num_directions, batch_size, num_tokens, channels, kernel_size = shape
-    num_blocks = (channels + _BLOCK - 1) // _BLOCK
-    for task in range(first_task, last_task):
+    job = carray(address, (_TENSORS + 2 * 7,), np.int64)
+    num_directions, batch_size, num_tokens, channels, kernel_size = (
+        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
+    )  # fmt: skip
+    x, weight, bias, dout = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3)
+    dx, dweight, dbias = _rows(job, 4), _rows(job, 5), _rows(job, 6)
+    num_blocks = _ceil_div(channels, _BLOCK)
+    while True:
+        task = fetch_add(_scratch(job.reshape(1, -1)))
+        if task >= job[_NUM_TASKS]:
+            break
         b, start = task // num_blocks, task % num_blocks * _BLOCK
         for t in range(num_tokens):
             for g in range(num_directions):
@@ -258,59 +311,67 @@ def _conv_backward(dout, x, weight, bias, shape, dx, dweight, dbias, first_task,
 
 # ---- threads ----
 
+
+def _find_gomp():
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP that torch runs on, or None.
+
+    Torch's threads spin for a while after each operation, so kernels on other threads would have to share the cores
+    with them."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+_gomp_parallel = _find_gomp()
 _pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
 
 
-def _forget_pool() -> None:
-    """A forked process has none of its parent's threads, and perhaps a lock that nobody will release."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+def _after_fork() -> None:
+    """A forked process has none of its parent's threads, and OpenMP does not notice."""
+    global _gomp_parallel, _pool
+    _gomp_parallel = _pool = None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fambav-scan")
-        return _pool
+def _run(kernel, job: np.ndarray) -> None:
+    """Run all tasks of a job on `torch.get_num_threads()` threads, this one included."""
+    num_threads = min(torch.get_num_threads(), int(job[_NUM_TASKS]))
+    address = job.ctypes.data
+    function = _FUNCTIONS[kernel]
+    if num_threads == 1:
+        function(address)
+    elif _gomp_parallel is not None:
+        _gomp_parallel(kernel.address, address, num_threads, 0)
+    else:
+        global _pool
+        _pool = _pool or ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fambav-scan")
+        others = [_pool.submit(function, address) for _ in range(num_threads - 1)]
+        function(address)
+        for other in others:
+            other.result()
 
 
-def _run(kernel, arguments: list, num_tasks: int) -> None:
-    """Run all tasks on `torch.get_num_threads()` threads, this one included. Kernels do not hold the GIL.
-
-    Plain threads, because numba's own either may not be forked or may not be called from two threads at once."""
-    num_threads = min(torch.get_num_threads(), num_tasks)
-    # Two pieces a thread, taken in turn, so that a thread that is held up leaves its second one to the others.
-    piece = -(-num_tasks // (2 * num_threads)) if num_threads > 1 else num_tasks
-    starts = iter(range(0, num_tasks, piece))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                first = next(starts, None)
-            if first is None:
-                return
-            kernel(*arguments, first, min(first + piece, num_tasks))
-
-    others = [_threads().submit(work) for _ in range(num_threads - 1)]
-    work()
-    for other in others:
-        other.result()
+# ctypes lets go of the GIL while a function runs.
+_FUNCTIONS = {
+    kernel: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+    for kernel in (_scan_forward, _scan_backward, _conv_forward, _conv_backward)
+}
 
 
 # ---- tensors in, tensors out ----
 
 
-def _rows(tensor: Tensor) -> np.ndarray:
-    """Everything but the last dimension as rows; a view wherever the strides allow it."""
+def _as_rows(tensor: Tensor) -> Tensor:
+    """float32, everything but the last dimension as rows; a view wherever the strides allow it."""
     tensor = tensor.detach().float()
-    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1]).numpy()
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
 
 
 def _pad_channels(tensor: Tensor) -> Tensor:
@@ -319,25 +380,25 @@ def _pad_channels(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _num_tasks(batch_size: int, channels: int) -> int:
-    return batch_size * -(-channels // _BLOCK)
+def _launch(kernel, shape: tuple[int, ...], tensors: list[Tensor | None]) -> None:
+    """Run a kernel on rows. `shape` is (G, B, T, E, N or K)."""
+    job = [0, shape[1] * -(-shape[3] // _BLOCK), *shape]
+    for tensor in tensors:
+        job += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
+    _run(kernel, np.array(job, dtype=np.int64))
 
 
-def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """The arguments that both kernels begin with, and the shape that they end with."""
-    num_directions, batch_size, num_tokens, channels = x.shape
-    state_size = A.shape[-1]
-    if z is None:
-        z = x.new_empty(0, num_tokens, channels)
+def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """The tensors that both scan kernels begin with, as rows, and their shape."""
     if dt_bias is None:
-        dt_bias = D.new_zeros(num_directions, channels)
-    if dt_scale is None:
-        dt_scale = x.new_ones(batch_size, num_tokens)
-    x, dt, D, z, dt_bias = (_rows(_pad_channels(tensor)) for tensor in (x, dt, D, z, dt_bias))
-    A = _rows(_pad_channels(A.float().mT * float(np.log2(np.e))))
-    scale = dt_scale.detach().float().reshape(-1).numpy()
-    shape = (num_directions, batch_size, num_tokens, x.shape[-1], state_size)
-    return [x, dt, A, _rows(B), _rows(C), D, z, dt_bias, scale], shape
+        dt_bias = D.new_zeros(D.shape)
+    A = A.float().mT * float(np.log2(np.e))
+    x_, dt, A, D, z, dt_bias = (
+        None if tensor is None else _as_rows(_pad_channels(tensor)) for tensor in (x, dt, A, D, z, dt_bias)
+    )
+    dt_scale = None if dt_scale is None else _as_rows(dt_scale).reshape(-1, 1)
+    inputs = [x_, dt, A, _as_rows(B), _as_rows(C), D, z, dt_bias, dt_scale]
+    return inputs, (*x.shape[:3], x_.shape[-1], B.shape[-1])
 
 
 def states_shape(x: Tensor, A: Tensor, keep_states: bool) -> tuple[int, int]:
@@ -369,7 +430,7 @@ def scan_forward(
     _, batch_size, num_tokens, channels, _ = shape
     states = torch.empty(states_shape(x, A, keep_states))
     out = torch.empty(batch_size * num_tokens, channels)
-    _run(_scan_forward, [*inputs, out.numpy(), states.numpy(), shape], _num_tasks(batch_size, channels))
+    _launch(_scan_forward, shape, [*inputs, out, states if keep_states else None])
     return out[:, : x.shape[-1]].reshape(batch_size, num_tokens, -1).to(x.dtype), states
 
 
@@ -385,8 +446,8 @@ def scan_backward(
     dt_bias: Tensor | None,
     dt_scale: Tensor | None,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D, z and dt_bias, in float32; those of an absent z or dt_bias are empty or zero."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z and dt_bias, in float32; that of an absent z is None."""
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     num_directions, batch_size, num_tokens, channels, state_size = shape
     rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // _BLOCK)
@@ -394,10 +455,9 @@ def scan_backward(
     dA = torch.empty(batch_size * num_directions * state_size, channels)
     dB, dC = torch.empty(num_blocks * rows, state_size), torch.empty(num_blocks * rows, state_size)
     dD, ddt_bias = (torch.empty(batch_size * num_directions, channels) for _ in range(2))
-    dz = torch.empty(batch_size * num_tokens if z is not None else 0, channels)
-    outputs = [tensor.numpy() for tensor in (dx, ddt, dA, dB, dC, dD, dz, ddt_bias)]
-    arguments = [_rows(_pad_channels(dout)), *inputs, states.numpy(), shape, *outputs]
-    _run(_scan_backward, arguments, _num_tasks(batch_size, channels))
+    dz = None if z is None else torch.empty(batch_size * num_tokens, channels)
+    outputs = [dx, ddt, dA, dB, dC, dD, dz, ddt_bias]
+    _launch(_scan_backward, shape, [*inputs, _as_rows(_pad_channels(dout)), states, *outputs])
 
     def whole(tensor: Tensor, *leading: int) -> Tensor:
         return tensor[..., : x.shape[-1]].reshape(*leading, x.shape[-1])
@@ -410,13 +470,13 @@ def scan_backward(
         dB.view(num_blocks, *B.shape).sum(0),
         dC.view(num_blocks, *C.shape).sum(0),
         whole(dD, *images).sum(0),
-        whole(dz, -1, num_tokens),
+        None if z is None else whole(dz, batch_size, num_tokens),
         whole(ddt_bias, *images).sum(0),
     )
 
 
-def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    inputs = [_rows(_pad_channels(tensor)) for tensor in (x, weight.mT, bias)]
+def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    inputs = [_as_rows(_pad_channels(tensor)) for tensor in (x, weight.mT, bias)]
     return inputs, (weight.shape[0], *x.shape[:2], inputs[0].shape[-1], weight.shape[-1])
 
 
@@ -425,7 +485,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     inputs, shape = _conv_inputs(x, weight, bias)
     num_directions, batch_size, num_tokens, channels, _ = shape
     out = torch.empty(num_directions * batch_size * num_tokens, channels)
-    _run(_conv_forward, [*inputs, out.numpy(), shape], _num_tasks(batch_size, channels))
+    _launch(_conv_forward, shape, [*inputs, out])
     return out[:, : x.shape[-1]].reshape(num_directions, *x.shape).to(x.dtype)
 
 
@@ -436,9 +496,7 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     dx = torch.zeros(batch_size * num_tokens, channels)
     dweight = torch.zeros(batch_size * num_directions * kernel_size, channels)
     dbias = torch.zeros(batch_size * num_directions, channels)
-    outputs = [tensor.numpy() for tensor in (dx, dweight, dbias)]
-    arguments = [_rows(_pad_channels(dout)), *inputs, shape, *outputs]
-    _run(_conv_backward, arguments, _num_tasks(batch_size, channels))
+    _launch(_conv_backward, shape, [*inputs, _as_rows(_pad_channels(dout)), dx, dweight, dbias])
     dweight = dweight.view(batch_size, num_directions, kernel_size, channels).sum(0)
     dbias = dbias.view(batch_size, num_directions, channels).sum(0)
     width = x.shape[-1]
