@@ -143,11 +143,7 @@ class FambaVConfig(PreTrainedConfig):
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs):
-        # The base class keeps any unknown keyword; a misspelt fusion field would then be a silent no-op.
-        for name in kwargs:
-            if name.startswith("fusion"):
-                known = [field for field in type(self).__dataclass_fields__ if field.startswith("fusion")]
-                raise ValueError(f"{name}={kwargs[name]!r}: no such field, expected one of {known}")
+        self._refuse_unknown_fusion_fields(kwargs)
         if isinstance(self.image_size, list):  # JSON has no tuples
             self.image_size = tuple(self.image_size)
         if self.patch_stride is None:
@@ -164,12 +160,25 @@ class FambaVConfig(PreTrainedConfig):
             }
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        cls._refuse_unknown_fusion_fields(kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _refuse_unknown_fusion_fields(cls, fields: dict[str, Any]) -> None:
+        """The base class takes any keyword; a misspelt fusion field would be a silent no-op."""
+        known = [name for name in cls.__dataclass_fields__ if name.startswith("fusion")]
+        for name, value in fields.items():
+            if name.startswith("fusion") and name not in known:
+                raise ValueError(f"{name}={value!r}: no such field, expected one of {known}")
+
     # ---- geometry ----
 
     @property
     def image_height_width(self) -> tuple[int, int]:
         """`image_size` as a pair, in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
 
     @property
     def intermediate_size(self) -> int:

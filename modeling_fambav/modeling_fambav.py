@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_fambav import FambaVConfig
+from .rms_norm import rms_norm
 from .selective_scan import causal_conv1d, selective_scan
 from .token_fusion import match_tokens
 
@@ -135,7 +136,7 @@ class FambaVEmbeddings(nn.Module):
 
 
 class FambaVRMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 and returned in the dtype of the weights."""
+    """Root-mean-square norm with a weight per channel."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -143,11 +144,7 @@ class FambaVRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # The residual stream may be wider than the weights, and what follows has the dtype of the weights.
-        normed = nn.functional.rms_norm(
-            hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps
-        )
-        return normed.to(self.weight.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class FambaVDropPath(nn.Module):
@@ -289,7 +286,10 @@ class FambaVPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.cls_token, std=config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=config.initializer_range)
         elif isinstance(module, FambaVPatchEmbeddings):
-            init.lecun_normal_(module.projection.weight)
+            # LeCun normal; cutting a normal distribution at two standard deviations leaves 0.88 of its own
+            weight = module.projection.weight
+            std = weight[0].numel() ** -0.5 / 0.87962566103423978
+            init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             init.zeros_(module.projection.bias)
         elif isinstance(module, FambaVRMSNorm):
             init.ones_(module.weight)

@@ -7,9 +7,9 @@ down, so results do not depend on the machine's vector width or on the number of
     v = load(rows, row, column)           # 16 neighbouring values of one row
     store(rows, row, column, v * v + full(2.0))
 
-`rows` is a matrix of float32 as the pair (address, bytes from row to row), so that no kernel depends on a memory
-layout. Operators: + - * /. Functions: load, store, load_scalar, store_scalar, fetch_add, full, maximum, exp2,
-reduce_sum, and exp, sigmoid, softplus made of them.
+`rows` is a matrix as the pair (address, bytes from row to row), so that no kernel depends on a memory layout.
+Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
+(an int64), fetch_add, full, maximum, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
 """
 
 import operator
@@ -54,19 +54,18 @@ def _constant(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(np.float32(value)))] * LANES)
 
 
-def _address(builder, rows, row, column):
-    start, row_bytes = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
-    column_bytes = builder.mul(column, ir.Constant(_INDEX, 4))
-    return builder.add(builder.add(start, builder.mul(row, row_bytes)), column_bytes)
+def _access(value_type, llvm_type, item_bytes):
+    """The functions that read and write a value of one type at a row and a column of items."""
 
-
-def _access(value_type, llvm_type):
-    """The functions that read and write a value of one type at a row and a column."""
+    def address(builder, rows, row, column):
+        start, row_bytes = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
+        column_bytes = builder.mul(column, ir.Constant(_INDEX, item_bytes))
+        return builder.add(builder.add(start, builder.mul(row, row_bytes)), column_bytes)
 
     @intrinsic
     def read(typing_context, rows, row, column):
         def generate(context, builder, signature, args):
-            value = builder.load(builder.inttoptr(_address(builder, *args), llvm_type.as_pointer()))
+            value = builder.load(builder.inttoptr(address(builder, *args), llvm_type.as_pointer()))
             value.align = 4
             return value
 
@@ -75,7 +74,7 @@ def _access(value_type, llvm_type):
     @intrinsic
     def write(typing_context, rows, row, column, value):
         def generate(context, builder, signature, args):
-            pointer = builder.inttoptr(_address(builder, *args[:3]), llvm_type.as_pointer())
+            pointer = builder.inttoptr(address(builder, *args[:3]), llvm_type.as_pointer())
             builder.store(args[3], pointer).align = 4
             return context.get_dummy_value()
 
@@ -84,8 +83,9 @@ def _access(value_type, llvm_type):
     return read, write
 
 
-load, store = _access(_vector, _FLOATS)
-load_scalar, store_scalar = _access(types.float32, _FLOAT)
+load, store = _access(_vector, _FLOATS, 4)
+load_scalar, store_scalar = _access(types.float32, _FLOAT, 4)
+load_index, store_index = _access(types.int64, _INDEX, 8)
 
 
 @intrinsic

@@ -19,12 +19,15 @@ Glossary
 
 `selective_scan` and `causal_conv1d` are the API. They choose a backend by device and by what is installed, unless
 `set_selective_scan_backend` or the environment variable FAMBAV_SCAN_BACKEND names one; `selective_scan_backend` tells
-which it is. Backends are files of their own: selective_scan_numba.py (CPU), selective_scan_mamba_ssm.py (CUDA) and
-selective_scan_torch.py (anywhere); `selective_scan_reference` is what all of them are tested against.
+which it is. Backends are files of their own: selective_scan_numba.py (CPU), selective_scan_triton.py and
+selective_scan_mamba_ssm.py (CUDA) and selective_scan_torch.py (anywhere); `selective_scan_reference` is what all of
+them are tested against.
 """
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +39,31 @@ from .selective_scan_torch import scan as torch_scan
 
 logger = logging.get_logger(__name__)
 
+
+class _Backend(NamedTuple):
+    module: str  # that it needs
+    package: str  # that provides the module
+    devices: tuple[str, ...] | None  # that it serves; None is all
+
+
+class ScanKernels(NamedTuple):
+    """Functions that a backend with kernels of ours provides, see selective_scan_numba.py."""
+
+    scan_forward: Callable
+    scan_backward: Callable
+    conv_forward: Callable
+    conv_backward: Callable
+    states_shape: Callable
+
+
+# By device, the first one that is installed is chosen.
 _BACKENDS = {
-    # name: (module to import, what to install)
-    "numba": ("numba", "numba"),
-    "mamba-ssm": ("mamba_ssm", "mamba-ssm causal-conv1d"),
-    "torch": ("torch", "torch"),
+    "numba": _Backend("numba", "numba", ("cpu",)),
+    "mamba-ssm": _Backend("mamba_ssm", "mamba-ssm", ("cuda",)),
+    "triton": _Backend("triton", "triton", ("cuda",)),
+    "torch": _Backend("torch", "torch", None),
 }
-_INSTALLED = {name: importlib.util.find_spec(module) is not None for name, (module, _) in _BACKENDS.items()}
+_INSTALLED = {name: importlib.util.find_spec(backend.module) is not None for name, backend in _BACKENDS.items()}
 _chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
 
 
@@ -77,11 +98,10 @@ def selective_scan(
         ValueError: if a shape does not fit, or there are not one or two directions.
         ImportError: if the backend that was asked for is not installed.
     """
-    _check_shapes(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+    _check_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     backend = selective_scan_backend(x)
-    if backend == "numba":
-        keep_states = torch.is_grad_enabled()
-        return _fused_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)[0]
+    if backend in ("numba", "triton"):
+        return _fused_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale, torch.is_grad_enabled(), backend)[0]
     if backend == "mamba-ssm":
         from .selective_scan_mamba_ssm import scan as mamba_ssm_scan
 
@@ -98,15 +118,21 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias (`Tensor` of shape `(G, E)`).
 
     Returns:
-        `Tensor` of shape `(G, B, T, E)`.
+        `Tensor` of shape `(G, B, T, E)` in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape does not fit.
+        ImportError: if the backend that was asked for is not installed.
     """
-    if selective_scan_backend(x) == "numba":
-        return _fused_conv(x, weight, bias)
+    _check_conv(x, weight, bias)
+    backend = selective_scan_backend(x)
+    if backend in ("numba", "triton"):
+        return _fused_conv(x, weight, bias, backend)
     return torch_conv(x, weight, bias)
 
 
 def selective_scan_backend(tensor: Tensor) -> str:
-    """Name of the backend that scans a tensor like this one: `"numba"`, `"mamba-ssm"` or `"torch"`.
+    """Name of the backend that scans a tensor like this one: `"numba"`, `"mamba-ssm"`, `"triton"` or `"torch"`.
 
     Raises:
         ValueError: if the backend that was asked for does not exist or does not serve the tensor's device.
@@ -115,24 +141,30 @@ def selective_scan_backend(tensor: Tensor) -> str:
     device = tensor.device.type
     if _chosen is not None:
         _check_backend(_chosen)
-        if {"numba": "cpu", "mamba-ssm": "cuda"}.get(_chosen, device) != device:
-            raise ValueError(f"scan backend {_chosen!r}: does not run on device {device!r}")
+        devices = _BACKENDS[_chosen].devices
+        # Triton's interpreter runs its kernels on the CPU, for tests
+        is_interpreted = _chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if devices is not None and device not in devices and not is_interpreted:
+            raise ValueError(f"scan backend {_chosen!r}: expected a tensor on one of {devices}, got {device!r}")
         return _chosen
     if tensor.dtype == torch.float64:
         return "torch"  # the kernels compute in float32
-    preferred = {"cpu": "numba", "cuda": "mamba-ssm"}.get(device, "torch")
-    if _INSTALLED[preferred]:
-        return preferred
-    if not torch.compiler.is_compiling():
-        logger.warning_once(
-            f"Famba-V scans with plain torch operations on {device!r}, which is slow. "
-            f"`pip install {_BACKENDS[preferred][1]}` provides kernels."
-        )
-    return "torch"
+    serving = [name for name, backend in _BACKENDS.items() if backend.devices is None or device in backend.devices]
+    installed = next(name for name in serving if _INSTALLED[name])
+    if installed == "torch" and not torch.compiler.is_compiling():
+        packages = " or ".join(f"`pip install {_BACKENDS[name].package}`" for name in serving if name != "torch")
+        remedy = f"{packages} provides kernels" if packages else "there are no kernels for it"
+        logger.warning_once(f"Famba-V scans with plain torch operations on {device!r}, which is slow; {remedy}.")
+    return installed
+
+
+def uses_cpu_kernels(tensor: Tensor) -> bool:
+    """Whether compiled CPU kernels serve a tensor like this one."""
+    return tensor.device.type == "cpu" and selective_scan_backend(tensor) == "numba"
 
 
 def set_selective_scan_backend(name: str | None) -> None:
-    """Use this backend from now on: `"numba"`, `"mamba-ssm"`, `"torch"`, or None to choose by device again.
+    """Use this backend from now on: `"numba"`, `"mamba-ssm"`, `"triton"`, `"torch"`, or None to choose by device.
 
     Raises:
         ValueError: if there is no such backend.
@@ -148,7 +180,7 @@ def _check_backend(name: str) -> None:
     if name not in _BACKENDS:
         raise ValueError(f"scan backend {name!r}: expected one of {sorted(_BACKENDS)}")
     if not _INSTALLED[name]:
-        raise ImportError(f"the scan backend {name} is not installed: `pip install {_BACKENDS[name][1]}`")
+        raise ImportError(f"the scan backend {name} is not installed: `pip install {_BACKENDS[name].package}`")
 
 
 def selective_scan_reference(
@@ -185,28 +217,46 @@ def selective_scan_reference(
     return gated_mean(torch.stack(outputs), z).to(x.dtype), torch.stack(last_states)
 
 
-def _check_shapes(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> None:
+def _check_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> None:
     if x.dim() != 4 or not 1 <= x.shape[0] <= 2 or x.shape[2] == 0:
         raise ValueError(f"x of shape {tuple(x.shape)}: expected (1 or 2 directions, batch, tokens >= 1, channels)")
     num_directions, batch_size, num_tokens, channels = x.shape
     state_size = A.shape[-1]
-    expected = {
-        "dt": (dt, (num_directions, batch_size, num_tokens, channels)),
-        "A": (A, (num_directions, channels, state_size)),
-        "B": (B, (num_directions, batch_size, num_tokens, state_size)),
-        "C": (C, (num_directions, batch_size, num_tokens, state_size)),
-        "D": (D, (num_directions, channels)),
-        "z": (z, (batch_size, num_tokens, channels)),
-        "dt_bias": (dt_bias, (num_directions, channels)),
-        "dt_scale": (dt_scale, (batch_size, num_tokens)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape} beside x {tuple(x.shape)}")
+    _check_shape("dt", dt, tuple(x.shape))
+    _check_shape("A", A, (num_directions, channels, state_size))
+    _check_shape("B", B, (num_directions, batch_size, num_tokens, state_size))
+    _check_shape("C", C, (num_directions, batch_size, num_tokens, state_size))
+    _check_shape("D", D, (num_directions, channels))
+    _check_shape("z", z, (batch_size, num_tokens, channels))
+    _check_shape("dt_bias", dt_bias, (num_directions, channels))
+    _check_shape("dt_scale", dt_scale, (batch_size, num_tokens))
+
+
+def _check_conv(x, weight, bias) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (batch, tokens >= 1, channels)")
+    if weight.dim() != 3 or not 1 <= weight.shape[0] <= 2 or weight.shape[1] != x.shape[2] or weight.shape[2] == 0:
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)}: expected (1 or 2 directions, {x.shape[2]} channels, taps >= 1)"
+        )
+    _check_shape("bias", bias, tuple(weight.shape[:2]))
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape}")
 
 
 # ---- kernels as torch operators, for torch.compile, autocast, checkpointing and export ----
-# numba is imported inside them: at the first scan, not when a model is imported.
+# numba and triton are imported inside them: at the first scan, not when a model is imported.
+
+
+def _kernels(backend: str) -> ScanKernels:
+    if backend == "numba":
+        from .selective_scan_numba import KERNELS
+    else:
+        from .selective_scan_triton import KERNELS
+    return KERNELS
 
 
 @torch.library.custom_op("fambav::selective_scan", mutates_args=())
@@ -221,17 +271,15 @@ def _fused_scan(
     dt_bias: Tensor | None,
     dt_scale: Tensor | None,
     keep_states: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the states that the backward pass starts from (empty unless `keep_states`)."""
-    from .selective_scan_numba import scan_forward
-
-    return scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
+    return _kernels(backend).scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
 
 
 @_fused_scan.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states):
-    from .selective_scan_numba import states_shape
-
+def _(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states, backend):
+    states_shape = _kernels(backend).states_shape
     return x.new_empty(x.shape[1:]), x.new_empty(states_shape(x, A, keep_states), dtype=torch.float32)
 
 
@@ -248,11 +296,10 @@ def _fused_scan_backward(
     dt_bias: Tensor | None,
     dt_scale: Tensor | None,
     states: Tensor,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, D and, if they are given, z and dt_bias."""
-    from .selective_scan_numba import scan_backward
-
-    gradients = scan_backward(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states)
+    gradients = _kernels(backend).scan_backward(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states)
     inputs = (x, dt, A, B, C, D, z, dt_bias)
     return [
         gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs) if tensor is not None
@@ -260,50 +307,55 @@ def _fused_scan_backward(
 
 
 @_fused_scan_backward.register_fake
-def _(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states):
+def _(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, backend):
     return [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D, z, dt_bias) if tensor is not None]
 
 
 def _save_scan(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9], output[1])
+    ctx.backend = inputs[10]
 
 
 def _backward_of_scan(ctx, dout, _):
     inputs = ctx.saved_tensors
-    gradients = iter(_fused_scan_backward(dout, *inputs))
+    gradients = iter(_fused_scan_backward(dout, *inputs, ctx.backend))
     differentiable = [next(gradients) if tensor is not None else None for tensor in inputs[:8]]
-    return *differentiable, None, None
+    return *differentiable, None, None, None
 
 
 _fused_scan.register_autograd(_backward_of_scan, setup_context=_save_scan)
 
 
 @torch.library.custom_op("fambav::causal_conv1d", mutates_args=())
-def _fused_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from .selective_scan_numba import conv_forward
-
-    return conv_forward(x, weight, bias)
+def _fused_conv(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    return _kernels(backend).conv_forward(x, weight, bias)
 
 
 @_fused_conv.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, backend):
     return x.new_empty(weight.shape[0], *x.shape)
 
 
 @torch.library.custom_op("fambav::causal_conv1d_backward", mutates_args=())
-def _fused_conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from .selective_scan_numba import conv_backward
-
-    dx, dweight, dbias = conv_backward(dout, x, weight, bias)
+def _fused_conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _kernels(backend).conv_backward(dout, x, weight, bias)
     return dx.to(x.dtype), dweight.to(weight.dtype).contiguous(), dbias.to(bias.dtype).contiguous()
 
 
 @_fused_conv_backward.register_fake
-def _(dout, x, weight, bias):
+def _(dout, x, weight, bias, backend):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias))
 
 
-_fused_conv.register_autograd(
-    lambda ctx, dout: _fused_conv_backward(dout, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def _save_conv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.backend = inputs[3]
+
+
+def _backward_of_conv(ctx, dout):
+    return *_fused_conv_backward(dout, *ctx.saved_tensors, ctx.backend), None
+
+
+_fused_conv.register_autograd(_backward_of_conv, setup_context=_save_conv)

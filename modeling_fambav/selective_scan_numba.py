@@ -9,95 +9,68 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
     i counts steps of a scan, t = i or T - 1 - i is the position in the sequence
 
 A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
-not depend on their number; sums over images or blocks are left to the caller. A job is an array of int64 that all
-threads read: [next task, tasks, G, B, T, E, N or K, then address and row distance of every tensor]; an absent tensor
-has address 0.
+not depend on their number; sums over images or blocks are left to the caller.
 
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 """
-
-import ctypes
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .numba_jobs import inlined, kernel, launch, next_task, open_job, rows, scratch, sizes
 from .numba_vectors import (
     LANES,
-    carray,
-    cfunc,
     exp2,
-    fetch_add,
     full,
     load,
     load_scalar,
-    njit,
     reduce_sum,
     sigmoid,
     softplus,
     store,
     store_scalar,
-    types,
 )
+from .selective_scan import ScanKernels
 
 # Channels of one task: four vectors, so that a step reads runs of whole cache lines.
 _BLOCK = 64
 # Steps between kept states. The states and decays of one chunk of a task fit the second-level cache.
 _CHUNK = 64
 
-_NUM_TASKS, _SHAPE, _TENSORS = 1, 2, 7  # where these begin in a job
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
-_inlined = njit(inline="always", error_model="numpy")
-# A C function of the address of a job. It needs no Python thread state, so any thread may run it.
-_kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
 
-
-@_inlined
-def _rows(job, index):
-    return job[_TENSORS + 2 * index], job[_TENSORS + 2 * index + 1]
-
-
-@_inlined
-def _scratch(array):
-    """Rows of a C-contiguous float32 array."""
-    return types.int64(array.ctypes.data), types.int64(array.shape[1] * 4)
-
-
-@_inlined
+@inlined
 def _ceil_div(number, divisor):
     return (number + divisor - 1) // divisor
 
 
-@_inlined
+@inlined
 def _position(g, i, num_tokens):
     return i if g == 0 else num_tokens - 1 - i
 
 
-@_inlined
+@inlined
 def _scaled(value, dt_scale, image_row):
     return value * full(load_scalar(dt_scale, image_row, 0)) if dt_scale[0] != 0 else value
 
 
-@_kernel
+@kernel
 def _scan_forward(address):
-    job = carray(address, (_TENSORS + 2 * 11,), np.int64)
-    num_directions, batch_size, num_tokens, channels, state_size = (
-        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
-    )  # fmt: skip
-    x, dt, A, B, C, D = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3), _rows(job, 4), _rows(job, 5)
-    z, dt_bias, dt_scale, out, states = _rows(job, 6), _rows(job, 7), _rows(job, 8), _rows(job, 9), _rows(job, 10)
+    job = open_job(address, 11)
+    num_directions, batch_size, num_tokens, channels, state_size = sizes(job)
+    x, dt, A, B, C, D = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
+    z, dt_bias, dt_scale, out, states = rows(job, 6), rows(job, 7), rows(job, 8), rows(job, 9), rows(job, 10)
     num_blocks, num_chunks = _ceil_div(channels, _BLOCK), _ceil_div(num_tokens, _CHUNK)
     share = _ONE / np.float32(num_directions)
     h_array = np.empty((state_size, _BLOCK), np.float32)
-    h = _scratch(h_array)
+    h = scratch(h_array)
     while True:
-        task = fetch_add(_scratch(job.reshape(1, -1)))
-        if task >= job[_NUM_TASKS]:
+        task = next_task(job)
+        if task < 0:
             break
         b, start = task // num_blocks, task % num_blocks * _BLOCK
         stop = min(start + _BLOCK, channels)
@@ -131,19 +104,17 @@ def _scan_forward(address):
                     store(out, image_row, e, y)
 
 
-@_kernel
+@kernel
 def _scan_backward(address):
     """Gradients. dA (B*G*N, E), dD and ddt_bias (B*G, E) are per image; dB and dC (blocks*G*B*T, N) per block.
 
     The adjoint g_t of the state runs backwards through the scan: g_t = C_t dy_t + decay_{t+1} g_{t+1}."""
-    job = carray(address, (_TENSORS + 2 * 19,), np.int64)
-    num_directions, batch_size, num_tokens, channels, state_size = (
-        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
-    )  # fmt: skip
-    x, dt, A, B, C, D = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3), _rows(job, 4), _rows(job, 5)
-    z, dt_bias, dt_scale, dout, states = _rows(job, 6), _rows(job, 7), _rows(job, 8), _rows(job, 9), _rows(job, 10)
-    dx, ddt, dA, dB, dC = _rows(job, 11), _rows(job, 12), _rows(job, 13), _rows(job, 14), _rows(job, 15)
-    dD, dz, ddt_bias = _rows(job, 16), _rows(job, 17), _rows(job, 18)
+    job = open_job(address, 19)
+    num_directions, batch_size, num_tokens, channels, state_size = sizes(job)
+    x, dt, A, B, C, D = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
+    z, dt_bias, dt_scale, dout, states = rows(job, 6), rows(job, 7), rows(job, 8), rows(job, 9), rows(job, 10)
+    dx, ddt, dA, dB, dC = rows(job, 11), rows(job, 12), rows(job, 13), rows(job, 14), rows(job, 15)
+    dD, dz, ddt_bias = rows(job, 16), rows(job, 17), rows(job, 18)
     num_blocks, num_chunks = _ceil_div(channels, _BLOCK), _ceil_div(num_tokens, _CHUNK)
     share, log_2 = _ONE / np.float32(num_directions), np.float32(np.log(2.0))
     # h[i] is the state before step i of the chunk, h[i + 1] the one after it
@@ -153,12 +124,12 @@ def _scan_backward(address):
     carried_array = np.empty((state_size, _BLOCK), np.float32)  # decay_{t+1} g_{t+1}
     dB_array, dC_array = np.empty((state_size, LANES), np.float32), np.empty((state_size, LANES), np.float32)
     h, decays, deltas, carried = (
-        _scratch(h_array), _scratch(decay_array), _scratch(delta_array), _scratch(carried_array)
+        scratch(h_array), scratch(decay_array), scratch(delta_array), scratch(carried_array)
     )  # fmt: skip
-    dB_t, dC_t = _scratch(dB_array), _scratch(dC_array)
+    dB_t, dC_t = scratch(dB_array), scratch(dC_array)
     while True:
-        task = fetch_add(_scratch(job.reshape(1, -1)))
-        if task >= job[_NUM_TASKS]:
+        task = next_task(job)
+        if task < 0:
             break
         b, block = task // num_blocks, task % num_blocks
         start = block * _BLOCK
@@ -244,7 +215,7 @@ def _scan_backward(address):
                         store_scalar(dC, partial, n, reduce_sum(load(dC_t, n, 0)))
 
 
-@_inlined
+@inlined
 def _convolved(x, weight, bias, g, b, t, e, num_tokens, kernel_size):
     """Before the SiLU. Tap k of the forward direction sees position t - (K - 1) + k, the backward one's mirrors it."""
     total = load(bias, g, e)
@@ -256,17 +227,15 @@ def _convolved(x, weight, bias, g, b, t, e, num_tokens, kernel_size):
     return total
 
 
-@_kernel
+@kernel
 def _conv_forward(address):
-    job = carray(address, (_TENSORS + 2 * 4,), np.int64)
-    num_directions, batch_size, num_tokens, channels, kernel_size = (
-        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
-    )  # fmt: skip
-    x, weight, bias, out = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3)
+    job = open_job(address, 4)
+    num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
+    x, weight, bias, out = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3)
     num_blocks = _ceil_div(channels, _BLOCK)
     while True:
-        task = fetch_add(_scratch(job.reshape(1, -1)))
-        if task >= job[_NUM_TASKS]:
+        task = next_task(job)
+        if task < 0:
             break
         b, start = task // num_blocks, task % num_blocks * _BLOCK
         for t in range(num_tokens):
@@ -276,19 +245,17 @@ def _conv_forward(address):
                     store(out, (g * batch_size + b) * num_tokens + t, e, u * sigmoid(u))
 
 
-@_kernel
+@kernel
 def _conv_backward(address):
     """Gradients. dweight (B*G*K, E) and dbias (B*G, E) are per image. All three start as zeros."""
-    job = carray(address, (_TENSORS + 2 * 7,), np.int64)
-    num_directions, batch_size, num_tokens, channels, kernel_size = (
-        job[_SHAPE], job[_SHAPE + 1], job[_SHAPE + 2], job[_SHAPE + 3], job[_SHAPE + 4]
-    )  # fmt: skip
-    x, weight, bias, dout = _rows(job, 0), _rows(job, 1), _rows(job, 2), _rows(job, 3)
-    dx, dweight, dbias = _rows(job, 4), _rows(job, 5), _rows(job, 6)
+    job = open_job(address, 7)
+    num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
+    x, weight, bias, dout = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3)
+    dx, dweight, dbias = rows(job, 4), rows(job, 5), rows(job, 6)
     num_blocks = _ceil_div(channels, _BLOCK)
     while True:
-        task = fetch_add(_scratch(job.reshape(1, -1)))
-        if task >= job[_NUM_TASKS]:
+        task = next_task(job)
+        if task < 0:
             break
         b, start = task // num_blocks, task % num_blocks * _BLOCK
         for t in range(num_tokens):
@@ -309,62 +276,6 @@ def _conv_backward(address):
                             store(dweight, tap, e, load(dweight, tap, e) + du * load(x, row, e))
 
 
-# ---- threads ----
-
-
-def _find_gomp():
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP that torch runs on, or None.
-
-    Torch's threads spin for a while after each operation, so kernels on other threads would have to share the cores
-    with them."""
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    function.restype = None
-    return function
-
-
-_gomp_parallel = _find_gomp()
-_pool: ThreadPoolExecutor | None = None
-
-
-def _after_fork() -> None:
-    """A forked process has none of its parent's threads, and OpenMP does not notice."""
-    global _gomp_parallel, _pool
-    _gomp_parallel = _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _run(kernel, job: np.ndarray) -> None:
-    """Run all tasks of a job on `torch.get_num_threads()` threads, this one included."""
-    num_threads = min(torch.get_num_threads(), int(job[_NUM_TASKS]))
-    address = job.ctypes.data
-    function = _FUNCTIONS[kernel]
-    if num_threads == 1:
-        function(address)
-    elif _gomp_parallel is not None:
-        _gomp_parallel(kernel.address, address, num_threads, 0)
-    else:
-        global _pool
-        _pool = _pool or ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fambav-scan")
-        others = [_pool.submit(function, address) for _ in range(num_threads - 1)]
-        function(address)
-        for other in others:
-            other.result()
-
-
-# ctypes lets go of the GIL while a function runs.
-_FUNCTIONS = {
-    kernel: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
-    for kernel in (_scan_forward, _scan_backward, _conv_forward, _conv_backward)
-}
-
-
 # ---- tensors in, tensors out ----
 
 
@@ -382,10 +293,7 @@ def _pad_channels(tensor: Tensor) -> Tensor:
 
 def _launch(kernel, shape: tuple[int, ...], tensors: list[Tensor | None]) -> None:
     """Run a kernel on rows. `shape` is (G, B, T, E, N or K)."""
-    job = [0, shape[1] * -(-shape[3] // _BLOCK), *shape]
-    for tensor in tensors:
-        job += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
-    _run(kernel, np.array(job, dtype=np.int64))
+    launch(kernel, shape[1] * -(-shape[3] // _BLOCK), shape, tensors)
 
 
 def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor | None], tuple[int, ...]]:
@@ -431,7 +339,7 @@ def scan_forward(
     states = torch.empty(states_shape(x, A, keep_states))
     out = torch.empty(batch_size * num_tokens, channels)
     _launch(_scan_forward, shape, [*inputs, out, states if keep_states else None])
-    return out[:, : x.shape[-1]].reshape(batch_size, num_tokens, -1).to(x.dtype), states
+    return out[:, : x.shape[-1]].contiguous().view(x.shape[1:]).to(x.dtype), states
 
 
 def scan_backward(
@@ -450,10 +358,10 @@ def scan_backward(
     """Gradients of x, dt, A, B, C, D, z and dt_bias, in float32; that of an absent z is None."""
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     num_directions, batch_size, num_tokens, channels, state_size = shape
-    rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // _BLOCK)
-    dx, ddt = torch.empty(rows, channels), torch.empty(rows, channels)
+    num_rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // _BLOCK)
+    dx, ddt = torch.empty(num_rows, channels), torch.empty(num_rows, channels)
     dA = torch.empty(batch_size * num_directions * state_size, channels)
-    dB, dC = torch.empty(num_blocks * rows, state_size), torch.empty(num_blocks * rows, state_size)
+    dB, dC = torch.empty(num_blocks * num_rows, state_size), torch.empty(num_blocks * num_rows, state_size)
     dD, ddt_bias = (torch.empty(batch_size * num_directions, channels) for _ in range(2))
     dz = None if z is None else torch.empty(batch_size * num_tokens, channels)
     outputs = [dx, ddt, dA, dB, dC, dD, dz, ddt_bias]
@@ -486,7 +394,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     num_directions, batch_size, num_tokens, channels, _ = shape
     out = torch.empty(num_directions * batch_size * num_tokens, channels)
     _launch(_conv_forward, shape, [*inputs, out])
-    return out[:, : x.shape[-1]].reshape(num_directions, *x.shape).to(x.dtype)
+    return out[:, : x.shape[-1]].contiguous().view(num_directions, *x.shape).to(x.dtype)
 
 
 def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -500,4 +408,7 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     dweight = dweight.view(batch_size, num_directions, kernel_size, channels).sum(0)
     dbias = dbias.view(batch_size, num_directions, channels).sum(0)
     width = x.shape[-1]
-    return dx[:, :width].reshape(x.shape), dweight[..., :width].mT, dbias[:, :width]
+    return dx[:, :width].contiguous().view(x.shape), dweight[..., :width].mT, dbias[:, :width]
+
+
+KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward, states_shape)

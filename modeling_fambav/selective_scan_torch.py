@@ -33,9 +33,9 @@ def scan(
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `causal_conv1d`, with gradients by autograd. One shifted multiply-add per tap."""
-    num_tokens, kernel_size = x.shape[1], weight.shape[-1]
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    """As `causal_conv1d`, with gradients by autograd. One shifted multiply-add per tap, in float32 or wider."""
+    dtype, num_tokens, kernel_size = x.dtype, x.shape[1], weight.shape[-1]
+    x, weight, bias = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (x, weight, bias))
     outputs = []
     for direction in range(weight.shape[0]):
         taps = weight[direction]
@@ -48,7 +48,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         for tap in range(kernel_size):
             output = torch.addcmul(output, padded[:, tap : tap + num_tokens], taps[:, tap])
         outputs.append(output)
-    return F.silu(torch.stack(outputs))
+    return F.silu(torch.stack(outputs)).to(dtype)
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_scale: Tensor | None) -> Tensor:

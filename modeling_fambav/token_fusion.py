@@ -9,28 +9,31 @@ Glossary
     token map       index of the token that now carries each initial token; shape (B, T_0)
 
 Two steps, so that one matching serves several tensors: `match_tokens` reads the similarities and returns a `Matching`
-of indices; `Matching.merge` averages values along it. All shapes are static: T shrinks by exactly r.
+of indices; `Matching.merge` averages values along it. All shapes are static: T shrinks by exactly r. On a CPU both
+steps are kernels (token_fusion_numba.py); the operations here are what they are tested against.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .selective_scan import uses_cpu_kernels
 
-@dataclass(frozen=True)
-class Matching:
+# As torch.nn.functional.normalize
+_SMALLEST_NORM = 1e-12
+
+
+class Matching(NamedTuple):
     """Where every token of a batch goes when r tokens are fused.
 
     Attributes:
         new_index (`Tensor` of shape `(B, T)`): place of each token among the survivors, its partner's if it is fused.
-        kept (`Tensor` of shape `(B, T - r)`): indices of the survivors, in their new order.
-        fused (`Tensor` of shape `(B, r)`): indices of the tokens that join another.
+        num_kept (`int`): T - r.
     """
 
     new_index: Tensor
-    kept: Tensor
-    fused: Tensor
+    num_kept: int
 
     def merge(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Average all tokens that land on the same place.
@@ -40,25 +43,24 @@ class Matching:
             weights (`Tensor` of shape `(B, T)`, *optional*): weights of the average, all 1 if not given.
 
         Returns:
-            `Tensor` of shape `(B, T - r, D)`. Gradients flow to `values`, not to the matching.
+            `Tensor` of shape `(B, T - r, D)`. Gradients flow to `values`, not to the matching or the weights.
         """
+        if uses_cpu_kernels(values):
+            return _merge(values, self.new_index, self.num_kept, weights)
         if weights is None:
             weights = torch.ones_like(self.new_index, dtype=torch.float32)
         # Each token's share of its average, so that a token that stays alone is multiplied by exactly 1.
-        share = weights / self.sum(weights).gather(1, self.new_index)
+        share = (weights / self.sum(weights).gather(1, self.new_index)).detach()
         return self.sum(values * share.unsqueeze(-1).to(values.dtype))
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up all tokens that land on the same place: `(B, T, ...)` to `(B, T - r, ...)`."""
-        batch_size, num_tokens = self.new_index.shape
-        num_kept = self.kept.shape[1]
+        batch_size = values.shape[0]
         # Whole rows are moved by flat index, which copies D contiguous values at a time.
-        first_row = torch.arange(batch_size, device=values.device).unsqueeze(1)
-        rows = values.flatten(0, 1)
-        survivors = rows.index_select(0, (self.kept + first_row * num_tokens).flatten())
-        joining = rows.index_select(0, (self.fused + first_row * num_tokens).flatten())
-        destination = (self.new_index.gather(1, self.fused) + first_row * num_kept).flatten()
-        return survivors.index_add(0, destination, joining).unflatten(0, (batch_size, num_kept))
+        first_row = torch.arange(0, batch_size * self.num_kept, self.num_kept, device=values.device)
+        places = (self.new_index + first_row.unsqueeze(1)).flatten()
+        totals = values.new_zeros(batch_size * self.num_kept, *values.shape[2:])
+        return totals.index_add(0, places, values.flatten(0, 1)).unflatten(0, (batch_size, self.num_kept))
 
     def compose(self, token_map: Tensor) -> Tensor:
         """Carry a token map through this fusion: `(B, T_0)` indices into T tokens become indices into T - r."""
@@ -85,53 +87,65 @@ def match_tokens(
     Raises:
         ValueError: if r is out of range, or `similarity` or `order` unknown.
     """
-    num_tokens = metric.shape[1]
+    batch_size, num_tokens = metric.shape[:2]
     if not 0 <= r <= (num_tokens - 1) // 2:
         raise ValueError(f"r={r}: expected 0 <= r <= {(num_tokens - 1) // 2} for {num_tokens} tokens")
-
-    index = torch.arange(num_tokens, device=metric.device).expand(metric.shape[0], -1)
-    is_class = index == class_index
-    if num_tokens == 3:
-        first_patch, last_patch = index[:, :1] + is_class[:, :1].long(), index[:, 2:] - is_class[:, 2:].long()
-        fused, partner = first_patch[:, :r], last_patch[:, :r]
-    else:
-        scores = _similarity(metric[:, ::2], metric[:, 1::2], similarity)
-        scores = scores.masked_fill(is_class[:, ::2, None] | is_class[:, None, 1::2], -torch.inf)
-        best_score, best_odd = scores.max(dim=-1)
-        fused_even = best_score.topk(r, dim=-1).indices
-        fused, partner = 2 * fused_even, 2 * best_odd.gather(1, fused_even) + 1
-
-    survives = torch.ones_like(index, dtype=torch.bool).scatter(1, fused, False)
-    if order == "raster":
-        place = survives.cumsum(1) - 1
-    elif order == "appended":
-        # Rank within [class token | even | odd]; the survivors of one group follow those of the groups before it.
-        is_odd = (index % 2 == 1) & ~is_class
-        is_even = survives & ~is_odd & ~is_class
-        place = torch.where(is_even, is_even.cumsum(1), is_even.sum(1, keepdim=True) + is_odd.cumsum(1))
-        place = place.masked_fill(is_class, 0)
-    else:
-        raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
-    new_index = place.scatter(1, fused, place.gather(1, partner))
-
-    # Invert the survivors' places without sorting. Fused tokens write to a spare last column that is cut off.
-    num_kept = num_tokens - r
-    kept = index.new_zeros(index.shape[0], num_kept + 1)
-    kept = kept.scatter(1, place.masked_fill(~survives, num_kept), index)[:, :num_kept]
-    return Matching(new_index, kept, fused)
-
-
-def _similarity(even: Tensor, odd: Tensor, similarity: str) -> Tensor:
-    """Similarity of every even to every odd token: (B, T_even, D), (B, T_odd, D) -> (B, T_even, T_odd)."""
-    if similarity == "cosine":
-        even, odd = torch.nn.functional.normalize(even, dim=-1), torch.nn.functional.normalize(odd, dim=-1)
-    elif similarity not in ("dot", "euclidean"):
+    if similarity not in ("cosine", "dot", "euclidean"):
         raise ValueError(f"similarity={similarity!r}: expected 'cosine', 'dot' or 'euclidean'")
-    scores = even @ odd.mT
+    if order not in ("raster", "appended"):
+        raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
+
+    products = metric[:, ::2] @ metric[:, 1::2].mT
+    norms = torch.linalg.vector_norm(metric, dim=-1)
+    if num_tokens > 3 and uses_cpu_kernels(metric):
+        if isinstance(class_index, int):
+            class_index = torch.full((batch_size, 1), class_index)
+        new_index = _match(products, norms, class_index, r, similarity, order)
+    else:
+        index = torch.arange(num_tokens, device=metric.device).expand(batch_size, -1)
+        is_class = index == class_index
+        if num_tokens > 3:
+            fused, partner = _most_similar(_scores(products, norms, similarity), r, is_class)
+        else:
+            fused = index[:, :r] + is_class[:, :r].long()
+            partner = index[:, num_tokens - r :] - is_class[:, num_tokens - r :].long()
+        place = _places(fused, is_class, order)
+        new_index = place.scatter(1, fused, place.gather(1, partner))
+    return Matching(new_index, num_tokens - r)
+
+
+def _scores(products: Tensor, norms: Tensor, similarity: str) -> Tensor:
+    """Similarity of every even to every odd token, (B, T_even, T_odd), from dot products and lengths."""
+    even, odd = norms[:, ::2, None], norms[:, None, 1::2]
+    if similarity == "cosine":
+        return products / (even.clamp(min=_SMALLEST_NORM) * odd.clamp(min=_SMALLEST_NORM))
     if similarity == "euclidean":
         # -|a - b|^2; the term |a|^2 must stay, because the best scores are compared between even tokens.
-        scores = 2 * scores - even.square().sum(-1).unsqueeze(-1) - odd.square().sum(-1).unsqueeze(-2)
-    return scores
+        return 2 * products - even.square() - odd.square()
+    return products
+
+
+def _most_similar(scores: Tensor, r: int, is_class: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (B, r) of the even tokens with the best scores, and of their partners."""
+    # Nothing is less similar than the class token, also where products overflow
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(is_class[:, ::2, None] | is_class[:, None, 1::2], -torch.inf)
+    best_score, best_odd = scores.max(dim=-1)
+    fused_even = best_score.topk(r, dim=-1).indices
+    return 2 * fused_even, 2 * best_odd.gather(1, fused_even) + 1
+
+
+def _places(fused: Tensor, is_class: Tensor, order: str) -> Tensor:
+    """Place of every survivor, (B, T); those of fused tokens mean nothing."""
+    survives = torch.ones_like(is_class).scatter(1, fused, False)
+    if order == "raster":
+        return survives.cumsum(1) - 1
+    # Rank within [class token | even | odd]; the survivors of one group follow those of the groups before it.
+    is_odd = ~is_class
+    is_odd[:, ::2] = False
+    is_even = survives & ~is_odd & ~is_class
+    place = torch.where(is_even, is_even.cumsum(1), is_even.sum(1, keepdim=True) + is_odd.cumsum(1))
+    return place.masked_fill(is_class, 0)
 
 
 def unmerge(hidden_states: Tensor, token_map: Tensor) -> Tensor:
@@ -145,3 +159,53 @@ def unmerge(hidden_states: Tensor, token_map: Tensor) -> Tensor:
         `Tensor` of shape `(B, T_0, D)`.
     """
     return hidden_states.gather(1, token_map.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+# ---- kernels as torch operators, for torch.compile, autocast, checkpointing and export ----
+
+
+@torch.library.custom_op("fambav::match_tokens", mutates_args=())
+def _match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similarity: str, order: str) -> Tensor:
+    from .token_fusion_numba import match
+
+    return match(products, norms, class_index, r, similarity, order)
+
+
+@_match.register_fake
+def _(products, norms, class_index, r, similarity, order):
+    return class_index.new_empty(norms.shape)
+
+
+@torch.library.custom_op("fambav::merge", mutates_args=())
+def _merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
+    from .token_fusion_numba import merge
+
+    return merge(values, new_index, num_kept, weights)
+
+
+@_merge.register_fake
+def _(values, new_index, num_kept, weights):
+    return values.new_empty(values.shape[0], num_kept, values.shape[2])
+
+
+@torch.library.custom_op("fambav::merge_backward", mutates_args=())
+def _merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
+    from .token_fusion_numba import merge_backward
+
+    return merge_backward(dmerged, new_index, weights)
+
+
+@_merge_backward.register_fake
+def _(dmerged, new_index, weights):
+    return dmerged.new_empty(*new_index.shape, dmerged.shape[2])
+
+
+def _save_matching(ctx, inputs, output):
+    _, new_index, _, weights = inputs
+    ctx.save_for_backward(new_index, weights)
+
+
+_merge.register_autograd(
+    lambda ctx, dmerged: (_merge_backward(dmerged, *ctx.saved_tensors), None, None, None),
+    setup_context=_save_matching,
+)

@@ -1,0 +1,126 @@
+"""Jobs: how a CPU kernel gets its tensors, its tasks and its threads.
+
+A job is an array of int64 that all threads read: [next task, number of tasks, five sizes, then address and row
+distance of every tensor]; an absent tensor has address 0. A kernel is a C function of the address of a job, so any
+thread may run it without a Python thread state. It takes tasks until none is left:
+
+    @kernel
+    def name(address):
+        job = open_job(address, num_tensors)
+        values, result = rows(job, 0), rows(job, 1)
+        while True:
+            task = next_task(job)
+            if task < 0:
+                break
+            ...
+"""
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .numba_vectors import carray, cfunc, fetch_add, njit, types
+
+_NUM_TASKS, _SIZES, _TENSORS = 1, 2, 7  # where these begin in a job
+
+inlined = njit(inline="always", error_model="numpy")
+kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+
+
+# ---- inside kernels ----
+
+
+@inlined
+def open_job(address, num_tensors):
+    """The job at an address."""
+    return carray(address, (_TENSORS + 2 * num_tensors,), np.int64)
+
+
+@inlined
+def sizes(job):
+    """The five sizes of a job."""
+    return job[_SIZES], job[_SIZES + 1], job[_SIZES + 2], job[_SIZES + 3], job[_SIZES + 4]
+
+
+@inlined
+def rows(job, index):
+    """Rows of a tensor; their address is 0 if it is absent."""
+    return job[_TENSORS + 2 * index], job[_TENSORS + 2 * index + 1]
+
+
+@inlined
+def scratch(array):
+    """Rows of a C-contiguous float32 array."""
+    return types.int64(array.ctypes.data), types.int64(array.shape[1] * 4)
+
+
+@inlined
+def next_task(job):
+    """A task that no other thread has, or -1 if none is left."""
+    task = fetch_add((types.int64(job.ctypes.data), types.int64(0)))
+    return task if task < job[_NUM_TASKS] else types.int64(-1)
+
+
+# ---- threads ----
+
+
+def _find_gomp():
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP that torch runs on, or None.
+
+    Torch's threads spin for a while after each operation, so kernels on other threads would have to share the cores
+    with them."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+_gomp_parallel = _find_gomp()
+_pool: ThreadPoolExecutor | None = None
+
+
+def _after_fork() -> None:
+    """A forked process has none of its parent's threads, and OpenMP does not notice."""
+    global _gomp_parallel, _pool
+    _gomp_parallel = _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def launch(kernel, num_tasks: int, sizes: tuple[int, ...], tensors: list[Tensor | None]) -> None:
+    """Run a kernel on `torch.get_num_threads()` threads, this one included.
+
+    Args:
+        kernel: made by `@kernel`.
+        num_tasks: tasks to hand out.
+        sizes: at most five numbers.
+        tensors: of two dimensions, the last one contiguous; None where one is absent.
+    """
+    global _pool
+    job = [0, num_tasks, *sizes, *[0] * (5 - len(sizes))]
+    for tensor in tensors:
+        job += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
+    job = np.array(job, dtype=np.int64)
+    address = job.ctypes.data
+    num_threads = min(torch.get_num_threads(), num_tasks)
+    if num_threads > 1 and _gomp_parallel is not None:
+        _gomp_parallel(kernel.address, address, num_threads, 0)
+        return
+    # ctypes lets go of the GIL while a function runs
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+    others = []
+    if num_threads > 1:
+        _pool = _pool or ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fambav")
+        others = [_pool.submit(function, address) for _ in range(num_threads - 1)]
+    function(address)
+    for other in others:
+        other.result()

@@ -1,0 +1,572 @@
+"""The selective scan and the convolution: every backend against golden numbers and against the float64 reference."""
+
+import functools
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
+
+import modeling_fambav.selective_scan as scan_module
+from helpers import (
+    gradient_of,
+    random_tensor,
+    read_fixture,
+    scan_in_child,
+    scan_inputs,
+    scan_with_gradients,
+    tolerance,
+)
+from modeling_fambav import selective_scan_backend, set_selective_scan_backend
+from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+
+
+@pytest.fixture(autouse=True)
+def restored_settings():
+    """Tests may choose a backend and a number of threads."""
+    chosen, num_threads = scan_module._chosen, torch.get_num_threads()
+    set_selective_scan_backend(None)
+    yield
+    scan_module._chosen = chosen
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(params=["torch", "numba"])
+def backend(request):
+    set_selective_scan_backend(request.param)
+    return request.param
+
+
+def reference(**inputs: Tensor | None) -> Tensor:
+    return selective_scan_reference(**inputs)[0]
+
+
+def in_float64(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: tensor if tensor is None else tensor.double() for name, tensor in inputs.items()}
+
+
+def assert_results_close(actual: dict, expected: dict, rtol: float, atol: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        expected_tensor = expected[name].to(tensor.dtype)
+        torch.testing.assert_close(tensor, expected_tensor, rtol=rtol, atol=atol, msg=lambda msg: f"{name}: {msg}")
+
+
+# ---- values and gradients ----
+
+
+def golden_inputs() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs as one direction of ours, and everything in the file. The file is (batch, channels or state, length)."""
+    golden, _ = read_fixture("selective_scan")
+    per_token = {
+        name: golden[key].mT.unsqueeze(0) for name, key in (("x", "u"), ("dt", "delta"), ("B", "B"), ("C", "C"))
+    }
+    parameters = {name: golden[key].unsqueeze(0) for name, key in (("A", "A"), ("D", "D"), ("dt_bias", "delta_bias"))}
+    return {**per_token, **parameters, "z": golden["z"].mT}, golden
+
+
+def test_golden_selective_scan(backend):
+    inputs, golden = golden_inputs()
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    out = selective_scan(**leaves)
+    torch.testing.assert_close(out, golden["out"].mT, rtol=1e-4, atol=1e-5)
+    out.backward(golden["grad_out"].mT)
+    keys = {"x": "u", "dt": "delta", "dt_bias": "delta_bias"}
+    for name, leaf in leaves.items():
+        expected = golden[f"grad.{keys.get(name, name)}"]
+        expected = expected.unsqueeze(0) if name in ("A", "D", "dt_bias") else expected.mT.view_as(leaf)
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4, msg=lambda msg: f"{name}: {msg}")
+
+
+def test_golden_reference():
+    inputs, golden = golden_inputs()
+    out, last_state = selective_scan_reference(**inputs)
+    torch.testing.assert_close(out, golden["out"].mT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last_state, golden["last_state"].unsqueeze(0), rtol=1e-4, atol=1e-5)
+
+
+# (directions, batch, tokens, channels, state): around the kernels' blocks of 16 and 64 channels, and chunks of 32 and
+# 64 tokens.
+SHAPES = [
+    (1, 1, 1, 16, 1),
+    (2, 3, 1, 33, 16),
+    (2, 1, 2, 16, 4),
+    (1, 3, 13, 33, 4),
+    (2, 3, 13, 192, 16),
+    (1, 3, 65, 64, 1),
+    (2, 1, 65, 33, 16),
+    (2, 1, 128, 80, 4),
+    (2, 1, 197, 192, 16),
+    (1, 1, 1024, 33, 4),
+    (2, 1, 1024, 16, 1),
+]
+
+
+@functools.lru_cache(maxsize=1)  # the backends are compared with the same results
+def reference_results(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    return scan_with_gradients(reference, in_float64(scan_inputs(*shape, dtype=dtype)))
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])  # varies fastest, both use one reference
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scan_equals_the_reference(shape, dtype, name):
+    set_selective_scan_backend(name)
+    inputs = scan_inputs(*shape, dtype=dtype)
+    results = scan_with_gradients(selective_scan, inputs)
+    assert {tensor.dtype for tensor in results.values()} == {dtype, torch.float32}
+    assert results["out"].dtype == results["dx"].dtype == dtype and results["out"].shape == shape[1:4]
+    assert_results_close(results, reference_results(shape, dtype), **tolerance("scan", dtype))
+
+
+@pytest.mark.parametrize("absent", [(), ("z",), ("dt_bias",), ("dt_scale",), ("z", "dt_bias", "dt_scale")], ids=str)
+@pytest.mark.parametrize("num_directions", [1, 2])
+def test_scan_without_optional_arguments(backend, num_directions, absent):
+    inputs = scan_inputs(num_directions, 2, 9, 20, 3) | dict.fromkeys(absent)
+    results = scan_with_gradients(selective_scan, inputs)
+    assert_results_close(results, scan_with_gradients(reference, in_float64(inputs)), rtol=1e-4, atol=1e-4)
+
+
+def test_scan_with_extreme_time_steps(backend):
+    # softplus(dt) from 0 to 100: decays from 1 to 0
+    inputs = scan_inputs(2, 1, 20, 16, 4) | {"dt_bias": None}
+    inputs["dt"] = torch.linspace(-60, 100, 20).view(1, 1, 20, 1).expand(2, 1, 20, 16)
+    results = scan_with_gradients(selective_scan, inputs)
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    assert_results_close(
+        results, scan_with_gradients(reference, in_float64(inputs)), **tolerance("scan", torch.float32)
+    )
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "z"])
+def test_a_nan_spreads_as_in_the_reference(backend, name):
+    inputs = scan_inputs(2, 2, 9, 32, 4)
+    inputs[name].view(-1)[5] = float("nan")
+    is_nan = selective_scan(**inputs).isnan()
+    assert is_nan.any() and torch.equal(is_nan, reference(**inputs).isnan())
+
+
+def test_an_empty_batch(backend):
+    results = scan_with_gradients(selective_scan, scan_inputs(2, 0, 9, 32, 4))
+    assert results["out"].shape == (0, 9, 32) and results["dx"].shape == (2, 0, 9, 32)
+    assert not results["dA"].any()
+    assert causal_conv1d(**conv_inputs(2, 0, 9, 32, 4, torch.float32)).shape == (2, 0, 9, 32)
+
+
+def test_all_arguments_in_bfloat16(backend):
+    inputs = {name: tensor.bfloat16() for name, tensor in scan_inputs(2, 2, 13, 33, 4).items()}
+    results = scan_with_gradients(selective_scan, inputs)
+    assert {tensor.dtype for tensor in results.values()} == {torch.bfloat16}
+    expected = scan_with_gradients(reference, in_float64(inputs))
+    assert_results_close(results, expected, **tolerance("scan", torch.bfloat16))
+
+
+def test_the_state_is_kept_in_float32(backend):
+    # Ten thousand tokens each add 1 to the state; a sum in bfloat16 would stop at 256.
+    ones = torch.ones(1, 1, 10_000, 1, dtype=torch.bfloat16)
+    time_step_of_one = torch.full_like(ones, 0.54132485)  # softplus(.) = 1 up to the rounding of the input
+    A, D = torch.full((1, 1, 1), -1e-9), torch.zeros(1, 1)
+    out = selective_scan(ones, time_step_of_one, A, ones, ones, D)
+    assert out[0, -1, 0].item() == pytest.approx(10_000, rel=1e-2)
+
+
+def test_the_backward_direction_is_a_flipped_forward_one(backend):
+    inputs = scan_inputs(2, 2, 21, 16, 4) | {"z": None}
+    both = selective_scan(**inputs)
+    forward = {name: tensor[:1] for name, tensor in inputs.items() if name not in ("z", "dt_scale")}
+    backward = {name: tensor[1:] for name, tensor in inputs.items() if name not in ("z", "dt_scale")}
+    flipped = {name: tensor.flip(2) if name in ("x", "dt", "B", "C") else tensor for name, tensor in backward.items()}
+    forward_out = selective_scan(**forward, dt_scale=inputs["dt_scale"])
+    backward_out = selective_scan(**flipped, dt_scale=inputs["dt_scale"].flip(1)).flip(1)
+    torch.testing.assert_close(both, (forward_out + backward_out) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_dt_scale_multiplies_the_time_step_and_gets_no_gradient(backend):
+    inputs = scan_inputs(2, 2, 9, 16, 4)
+    inputs["dt_scale"].requires_grad_()
+    out = selective_scan(**inputs | {"x": inputs["x"].requires_grad_()})
+    out.sum().backward()
+    assert inputs["dt_scale"].grad is None and inputs["x"].grad is not None
+
+    # A time step of k for one token is k time steps of 1 for k tokens that drive the state once: here, none does.
+    silent = scan_inputs(1, 1, 4, 16, 4) | {"z": None, "dt_scale": torch.tensor([[1.0, 1.0, 3.0, 1.0]])}
+    silent["B"][:, :, 1:] = 0
+    silent["dt"][:] = 0.5
+    silent["dt_bias"] = None
+    repeated = silent | {"dt_scale": None}
+    for name in ("x", "dt", "B", "C"):
+        repeated[name] = silent[name][:, :, [0, 1, 2, 2, 2, 3]]
+    torch.testing.assert_close(selective_scan(**silent)[:, 3], selective_scan(**repeated)[:, 5])
+
+
+def non_contiguous(tensor: Tensor, kind: str) -> Tensor:
+    """The same values in another memory layout."""
+    if kind == "transposed":
+        return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+    columns = tensor.repeat_interleave(2, dim=-1) if kind == "every second" else torch.cat((tensor, tensor), dim=-1)
+    return columns[..., ::2] if kind == "every second" else columns[..., : tensor.shape[-1]]
+
+
+@pytest.mark.parametrize("kind", ["transposed", "every second", "part of wider rows"])
+def test_non_contiguous_inputs(backend, kind):
+    inputs = scan_inputs(2, 2, 13, 32, 4)
+    views = {name: non_contiguous(tensor, kind) for name, tensor in inputs.items()}
+    assert not any(views[name].is_contiguous() for name in ("x", "dt", "A", "B", "C", "z"))
+    assert_results_close(
+        scan_with_gradients(selective_scan, views), scan_with_gradients(selective_scan, inputs), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_expanded_inputs_and_gradient(backend):
+    inputs = scan_inputs(2, 2, 13, 32, 4)
+    inputs["x"] = inputs["x"][:, :1].expand(-1, 2, -1, -1)
+    inputs["D"] = inputs["D"][:, :1].expand(-1, 32)
+    copies = {name: tensor.contiguous() for name, tensor in inputs.items()}
+
+    def total(function):  # the gradient of a sum is one number, expanded
+        return lambda **arguments: function(**arguments).sum()
+
+    assert_results_close(
+        scan_with_gradients(total(selective_scan), inputs),
+        scan_with_gradients(total(selective_scan), copies),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_only_some_inputs_want_a_gradient(backend):
+    inputs = scan_inputs(2, 2, 13, 16, 4)
+    expected = scan_with_gradients(selective_scan, inputs)
+    for name in ("x", "A", "z", "dt_bias"):
+        leaf = inputs[name].clone().requires_grad_()
+        out = selective_scan(**inputs | {name: leaf})
+        out.backward(gradient_of(out))
+        torch.testing.assert_close(leaf.grad, expected[f"d{name}"])
+
+
+def test_values_without_gradients_are_the_same(backend):
+    inputs = scan_inputs(2, 2, 70, 16, 4)
+    leaf = inputs["x"].clone().requires_grad_()
+    with_gradients = selective_scan(**inputs | {"x": leaf}).detach()
+    with torch.no_grad():
+        assert torch.equal(selective_scan(**inputs), with_gradients)
+    with torch.inference_mode():
+        assert torch.equal(selective_scan(**inputs), with_gradients)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 2, 2), (2, 1, 34, 1, 2)], ids=str)  # 34 tokens are two chunks
+def test_gradcheck_of_the_torch_backend(shape):
+    set_selective_scan_backend("torch")
+    inputs = scan_inputs(*shape, dtype=torch.float64)
+    dt_scale = inputs.pop("dt_scale")
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *tensors: selective_scan(*tensors, dt_scale), leaves)
+
+
+# ---- convolution ----
+
+
+def conv_inputs(num_directions: int, batch_size: int, num_tokens: int, channels: int, kernel_size: int, dtype):
+    return {
+        "x": random_tensor(batch_size, num_tokens, channels, seed=1, dtype=dtype),
+        "weight": random_tensor(num_directions, channels, kernel_size, seed=2, dtype=torch.float32),
+        "bias": random_tensor(num_directions, channels, seed=3, dtype=torch.float32),
+    }
+
+
+def conv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """torch's own convolution; the backward direction is turned round before and after."""
+    outputs = []
+    for direction in range(weight.shape[0]):
+        sequence = x.flip(1) if direction == 1 else x
+        padded = F.pad(sequence.mT, (weight.shape[-1] - 1, 0))
+        output = F.silu(F.conv1d(padded, weight[direction].unsqueeze(1), bias[direction], groups=x.shape[-1])).mT
+        outputs.append(output.flip(1) if direction == 1 else output)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel_size", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 2, 13, 33), (2, 3, 65, 192), (2, 1, 2, 16), (2, 2, 1, 17)], ids=str)
+def test_convolution_equals_torchs_own(backend, shape, kernel_size, dtype):
+    inputs = conv_inputs(*shape, kernel_size, dtype)
+    results = scan_with_gradients(causal_conv1d, inputs)
+    assert results["out"].dtype == results["dx"].dtype == dtype
+    assert results["dweight"].dtype == results["dbias"].dtype == torch.float32
+    expected = scan_with_gradients(conv_reference, in_float64(inputs))
+    assert_results_close(results, expected, **tolerance("conv", dtype))
+
+
+@pytest.mark.parametrize("kind", ["transposed", "every second", "part of wider rows"])
+def test_convolution_of_non_contiguous_inputs(backend, kind):
+    inputs = conv_inputs(2, 2, 13, 32, 4, torch.float32)
+    views = {name: non_contiguous(tensor, kind) for name, tensor in inputs.items()}
+    assert not views["x"].is_contiguous()
+    assert_results_close(
+        scan_with_gradients(causal_conv1d, views), scan_with_gradients(causal_conv1d, inputs), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_gradcheck_of_the_torch_convolution():
+    set_selective_scan_backend("torch")
+    leaves = [tensor.double().requires_grad_() for tensor in conv_inputs(2, 2, 5, 2, 3, torch.float64).values()]
+    assert torch.autograd.gradcheck(causal_conv1d, leaves)
+
+
+# ---- choice of the backend, wrong arguments ----
+
+
+def test_backend_by_device_and_dtype(monkeypatch):
+    monkeypatch.setitem(scan_module._INSTALLED, "numba", True)
+    monkeypatch.setitem(scan_module._INSTALLED, "mamba-ssm", True)
+    assert selective_scan_backend(torch.empty(1)) == "numba"
+    assert selective_scan_backend(torch.empty(1, dtype=torch.bfloat16)) == "numba"
+    assert selective_scan_backend(torch.empty(1, dtype=torch.float64)) == "torch"
+    set_selective_scan_backend("torch")
+    assert selective_scan_backend(torch.empty(1)) == selective_scan_backend(torch.empty(1, device="meta")) == "torch"
+    for name, device in (("mamba-ssm", "cpu"), ("numba", "meta")):
+        set_selective_scan_backend(name)
+        with pytest.raises(ValueError, match=f"'{name}': expected a tensor on one of .*, got '{device}'"):
+            selective_scan_backend(torch.empty(1, device=device))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'nonsense': expected one of.*mamba-ssm.*numba.*torch"):
+        set_selective_scan_backend("nonsense")
+    assert scan_module._chosen is None
+
+
+@pytest.mark.parametrize("name, packages", [("numba", "numba"), ("mamba-ssm", "mamba-ssm"), ("triton", "triton")])
+def test_a_backend_that_is_not_installed(monkeypatch, name, packages):
+    monkeypatch.setitem(scan_module._INSTALLED, name, False)
+    with pytest.raises(ImportError, match=f"pip install {packages}"):
+        set_selective_scan_backend(name)
+    # The environment variable is read when the module is imported, and checked at the first scan.
+    monkeypatch.setattr(scan_module, "_chosen", name)
+    with pytest.raises(ImportError, match=f"pip install {packages}"):
+        selective_scan(**scan_inputs(1, 1, 2, 16, 1))
+
+
+def test_without_numba_torch_scans_and_says_so_once(monkeypatch):
+    inputs = scan_inputs(2, 1, 5, 16, 4)
+    set_selective_scan_backend("torch")
+    expected = selective_scan(**inputs)
+    set_selective_scan_backend(None)
+    monkeypatch.setitem(scan_module._INSTALLED, "numba", False)
+    logging.warning_once.cache_clear()
+    with CaptureLogger(logging.get_logger("modeling_fambav.selective_scan")) as captured:
+        for _ in range(3):
+            assert torch.equal(selective_scan(**inputs), expected)
+    assert captured.out.count("pip install numba") == 1
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("x", (2, 5, 16)),
+        ("x", (3, 2, 5, 16)),
+        ("x", (2, 2, 0, 16)),
+        ("dt", (2, 2, 5, 17)),
+        ("dt", (1, 2, 5, 16)),
+        ("A", (2, 17, 4)),
+        ("A", (16, 4)),
+        ("B", (2, 2, 6, 4)),
+        ("C", (2, 2, 5, 3)),
+        ("D", (16,)),
+        ("z", (2, 2, 5, 16)),
+        ("dt_bias", (1, 16)),
+        ("dt_scale", (2, 5, 1)),
+    ],
+)
+def test_wrong_shapes_of_the_scan(backend, name, shape):
+    inputs = scan_inputs(2, 2, 5, 16, 4) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=rf"^{name} of shape \({', '.join(map(str, shape))},?\): expected"):
+        selective_scan(**inputs)
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [("x", (2, 2, 5, 16)), ("weight", (2, 32, 4)), ("weight", (3, 16, 4)), ("bias", (2, 32)), ("bias", (3, 16))],
+)
+def test_wrong_shapes_of_the_convolution(backend, name, shape):
+    inputs = conv_inputs(2, 2, 5, 16, 4, torch.float32) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=rf"^{name} of shape"):
+        causal_conv1d(**inputs)
+
+
+# ---- threads and processes ----
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_numba_results_do_not_depend_on_threads_or_runs(num_threads):
+    set_selective_scan_backend("numba")
+    scan, conv = scan_inputs(2, 3, 70, 150, 4), conv_inputs(2, 3, 70, 150, 4, torch.float32)
+    torch.set_num_threads(1)
+    expected = scan_with_gradients(selective_scan, scan), scan_with_gradients(causal_conv1d, conv)
+    torch.set_num_threads(num_threads)
+    for _ in range(3):
+        again = scan_with_gradients(selective_scan, scan), scan_with_gradients(causal_conv1d, conv)
+        for results, expected_results in zip(again, expected):
+            assert all(torch.equal(results[name], expected_results[name]) for name in expected_results)
+
+
+def test_two_python_threads_at_the_same_time(backend):
+    shapes = [(2, 2, 40, 150, 4), (2, 3, 25, 80, 3)]
+    expected = [scan_with_gradients(selective_scan, scan_inputs(*shape)) for shape in shapes]
+
+    def scan(index: int) -> bool:
+        results = [scan_with_gradients(selective_scan, scan_inputs(*shapes[index])) for _ in range(10)]
+        return all(torch.equal(result[name], expected[index][name]) for result in results for name in result)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(scan, [0, 1]))
+
+
+def results_of_child(method: str, shape: tuple[int, ...], num_threads: int) -> dict[str, Tensor]:
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=scan_in_child, args=(sender, shape, num_threads))
+    child.start()
+    sender.close()
+    try:
+        assert receiver.poll(60), f"no result from the {method}ed process within 60 s"
+        return {name: torch.from_numpy(array) for name, array in receiver.recv().items()}
+    finally:
+        child.join(5)
+        child.kill()
+
+
+# torch's own operations may use one thread in a forked process, as in the workers of a DataLoader.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("name, num_threads", [("numba", 2), ("numba", 1), ("torch", 1)])
+def test_in_a_forked_process(name, num_threads):
+    set_selective_scan_backend(name)
+    torch.set_num_threads(2)
+    shape = (2, 3, 20, 150, 4)
+    expected = scan_with_gradients(selective_scan, scan_inputs(*shape))  # threads exist before the fork
+    results = results_of_child("fork", shape, num_threads)
+    assert_results_close(results, expected, rtol=1e-6, atol=1e-6)
+    # and the parent's threads go on working
+    assert_results_close(scan_with_gradients(selective_scan, scan_inputs(*shape)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_in_a_spawned_process():
+    set_selective_scan_backend("numba")
+    shape = (2, 3, 20, 150, 4)
+    expected = scan_with_gradients(selective_scan, scan_inputs(*shape))
+    results = results_of_child("spawn", shape, num_threads=2)
+    assert_results_close(results, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["torch", "nonsense"])
+def test_the_environment_variable_chooses_the_backend(name):
+    code = "import torch, modeling_fambav; print(modeling_fambav.selective_scan_backend(torch.empty(1)))"
+    environment = {**os.environ, "FAMBAV_SCAN_BACKEND": name}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    if name == "nonsense":
+        assert "ValueError: scan backend 'nonsense': expected one of" in child.stderr
+    else:
+        assert child.stdout.strip() == name
+
+
+# ---- as torch operators ----
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_the_scan(dtype, optional):
+    inputs = scan_inputs(2, 2, 5, 20, 3, dtype=dtype)
+    leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
+    if not optional:
+        leaves[-3:] = [None, None, None]
+    torch.library.opcheck(torch.ops.fambav.selective_scan.default, (*leaves, True, "numba"))
+
+
+def test_opcheck_of_the_convolution():
+    leaves = [tensor.requires_grad_() for tensor in conv_inputs(2, 2, 5, 20, 4, torch.float32).values()]
+    torch.library.opcheck(torch.ops.fambav.causal_conv1d.default, (*leaves, "numba"))
+
+
+def test_opcheck_of_the_recurrence():
+    inputs = scan_inputs(2, 2, 5, 20, 3)
+    leaves = [tensor.requires_grad_() for name, tensor in inputs.items() if name in ("x", "dt", "A", "B", "C")]
+    torch.library.opcheck(torch.ops.fambav.recurrence.default, leaves)
+
+
+def test_compiled_functions_equal_eager_ones(backend):
+    def mix(weight, bias, dt, A, B, C, D, z, dt_bias, dt_scale):
+        return selective_scan(causal_conv1d(z, weight, bias), dt, A, B, C, D, z, dt_bias, dt_scale)
+
+    conv = conv_inputs(2, 2, 20, 32, 4, torch.float32)
+    inputs = scan_inputs(2, 2, 20, 32, 4) | {"weight": conv["weight"], "bias": conv["bias"]}
+    del inputs["x"]
+    torch.compiler.reset()
+    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
+    assert_results_close(scan_with_gradients(compiled, inputs), scan_with_gradients(mix, inputs), rtol=1e-6, atol=1e-6)
+
+
+# ---- mamba-ssm, on the CPU by a stand-in for its kernel ----
+
+
+def documented_selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+    """What mamba-ssm documents. u, delta (batch, channels, length); A (channels, N); B, C (batch, groups, N, length).
+
+    Its CUDA kernel wants float32 parameters, B and C in the dtype of u, and a last stride of 1.
+    """
+    assert all(tensor.dtype == torch.float32 for tensor in (A, D, delta_bias) if tensor is not None)
+    assert all(tensor.dtype == u.dtype and tensor.stride(-1) == 1 for tensor in (u, delta, B, C))
+    assert z is None  # it knows no gate that both directions share
+    dtype, channels, length = u.dtype, u.shape[1], u.shape[2]
+    u, delta, B, C = u.float(), delta.float(), B.float(), C.float()
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    B, C = (tensor.repeat_interleave(channels // tensor.shape[1], dim=1) for tensor in (B, C))
+    state, y = u.new_zeros(u.shape[0], channels, A.shape[1]), []
+    for t in range(length):
+        drive = (delta[:, :, t] * u[:, :, t]).unsqueeze(-1) * B[..., t]
+        state = torch.exp(delta[:, :, t, None] * A) * state + drive
+        y.append((state * C[..., t]).sum(-1) + D * u[:, :, t])
+    return torch.stack(y, dim=2).to(dtype)
+
+
+@pytest.fixture
+def fake_mamba_ssm(monkeypatch):
+    interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn = documented_selective_scan_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setattr(scan_module, "selective_scan_backend", lambda tensor: "mamba-ssm")
+
+
+@pytest.mark.parametrize("absent", [(), ("z",), ("dt_bias",), ("dt_scale",), ("dt_bias", "dt_scale")], ids=str)
+@pytest.mark.parametrize("num_directions", [1, 2])
+def test_mamba_ssm_layout(fake_mamba_ssm, num_directions, absent):
+    inputs = scan_inputs(num_directions, 3, 7, 10, 4) | dict.fromkeys(absent)
+    results = scan_with_gradients(selective_scan, inputs)
+    assert_results_close(results, scan_with_gradients(reference, in_float64(inputs)), rtol=1e-4, atol=1e-4)
+
+
+def test_mamba_ssm_in_bfloat16(fake_mamba_ssm):
+    inputs = scan_inputs(2, 3, 7, 10, 4, dtype=torch.bfloat16)
+    results = scan_with_gradients(selective_scan, inputs)
+    assert results["out"].dtype == torch.bfloat16
+    expected = scan_with_gradients(reference, in_float64(inputs))
+    assert_results_close(results, expected, **tolerance("scan", torch.bfloat16))
+
+
+def test_mamba_ssm_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    monkeypatch.setattr(scan_module, "selective_scan_backend", lambda tensor: "mamba-ssm")
+    with pytest.raises(ImportError, match="pip install mamba-ssm"):
+        selective_scan(**scan_inputs(1, 1, 2, 16, 1))

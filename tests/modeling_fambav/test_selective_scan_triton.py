@@ -1,0 +1,78 @@
+"""The GPU kernels against the float64 reference: interpreted on a CPU, compiled where there is a GPU (`-m gpu`)."""
+
+import pytest
+import torch
+
+import modeling_fambav.selective_scan as scan_module
+from helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
+from modeling_fambav import set_selective_scan_backend
+from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+
+pytest.importorskip("triton")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# (directions, batch, tokens, channels, state), around blocks of 32 channels and chunks of 32 tokens
+SMALL = [(1, 1, 1, 16, 1), (2, 2, 2, 33, 3), (2, 1, 33, 40, 4), (1, 1, 64, 8, 2)]
+LARGE = [(2, 3, 197, 384, 16), (2, 1, 1024, 192, 16), (1, 8, 65, 33, 4), (2, 2, 13, 768, 1)]
+CASES = [("cpu", shape) for shape in SMALL] + [
+    pytest.param("cuda", shape, marks=pytest.mark.gpu) for shape in SMALL + LARGE
+]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch):
+    monkeypatch.setattr(scan_module, "_chosen", None)
+    set_selective_scan_backend("triton")
+
+
+def reference_results(inputs):
+    inputs = {name: tensor if tensor is None else tensor.double() for name, tensor in inputs.items()}
+    return scan_with_gradients(lambda **leaves: selective_scan_reference(**leaves)[0], inputs)
+
+
+def on(device, inputs):
+    return {name: tensor if tensor is None else tensor.to(device) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device, shape", CASES, ids=str)
+def test_scan_equals_the_reference(device, shape, dtype):
+    inputs = on(device, scan_inputs(*shape, dtype=dtype))
+    results, expected = scan_with_gradients(selective_scan, inputs), reference_results(inputs)
+    assert results.keys() == expected.keys()
+    for name, tensor in results.items():
+        torch.testing.assert_close(
+            tensor, expected[name].to(tensor.dtype), **tolerance("scan", dtype), msg=lambda msg: f"{name}: {msg}"
+        )
+
+
+@pytest.mark.parametrize("absent", [("z",), ("dt_bias",), ("dt_scale",), ("z", "dt_bias", "dt_scale")], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_scan_without_optional_arguments(device, absent):
+    inputs = on(device, scan_inputs(2, 1, 5, 20, 3) | dict.fromkeys(absent))
+    results, expected = scan_with_gradients(selective_scan, inputs), reference_results(inputs)
+    for name, tensor in results.items():
+        torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel_size", [1, 3, 4])
+@pytest.mark.parametrize("num_directions, num_tokens", [(1, 1), (2, 2), (2, 21)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_convolution_equals_the_torch_backend(device, num_directions, num_tokens, kernel_size, dtype):
+    # A slice, as the mixer passes it: rows are further apart than they are long
+    x = random_tensor(2, num_tokens, 60, seed=1, dtype=dtype).to(device)[..., :33]
+    weight = random_tensor(num_directions, 33, kernel_size, seed=2).to(device)
+    bias = random_tensor(num_directions, 33, seed=3).to(device)
+
+    def with_gradients(backend, *tensors):
+        set_selective_scan_backend(backend)
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = causal_conv1d(*leaves)
+        out.backward(gradient_of(out))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    results = with_gradients("triton", x, weight, bias)
+    expected = with_gradients("torch", x.double(), weight.double(), bias.double())
+    for tensor, expected_tensor in zip(results, expected):
+        torch.testing.assert_close(tensor, expected_tensor.to(tensor.dtype), **tolerance("conv", dtype))

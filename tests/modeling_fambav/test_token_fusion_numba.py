@@ -1,0 +1,87 @@
+"""The CPU kernels of token fusion against the torch operations: places, values, gradients."""
+
+import itertools
+
+import pytest
+import torch
+
+import modeling_fambav.selective_scan as scan_module
+from helpers import random_tensor
+from modeling_fambav import match_tokens, set_selective_scan_backend
+
+
+@pytest.fixture(autouse=True)
+def restored_backend(monkeypatch):
+    monkeypatch.setattr(scan_module, "_chosen", None)
+
+
+def fuse(backend, metric, r, class_index, similarity, order, weights):
+    set_selective_scan_backend(backend)
+    values = metric.detach().requires_grad_()
+    matching = match_tokens(values, r, class_index, similarity, order)
+    merged = matching.merge(values, weights)
+    merged.backward(random_tensor(*merged.shape, seed=3, dtype=merged.dtype))
+    return matching.new_index, merged.detach(), values.grad
+
+
+@pytest.mark.parametrize("order", ["raster", "appended"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 12, 17])
+def test_kernels_equal_torch_operations(num_tokens, similarity, order):
+    # 35 values per token are two vectors of 16 and a rest
+    metric = random_tensor(3, num_tokens, 35, seed=num_tokens)
+    sizes = random_tensor(3, num_tokens, seed=1).abs() + 0.5
+    for class_position, r in itertools.product(range(num_tokens), range((num_tokens - 1) // 2 + 1)):
+        for class_index, weights in ((class_position, None), (torch.full((3, 1), class_position), sizes)):
+            arguments = (metric, r, class_index, similarity, order, weights)
+            for actual, expected in zip(fuse("numba", *arguments), fuse("torch", *arguments)):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_class_tokens_at_different_places():
+    metric, class_index = random_tensor(4, 13, 16, seed=0), torch.tensor([[0], [3], [6], [12]])
+    for order in ("raster", "appended"):
+        arguments = (metric, 5, class_index, "cosine", order, None)
+        for actual, expected in zip(fuse("numba", *arguments), fuse("torch", *arguments)):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e30, float("inf"), float("nan")])
+def test_ties_and_numbers_that_are_none(value):
+    set_selective_scan_backend("numba")
+    metric = random_tensor(2, 9, 4, seed=0)
+    metric[0] = value
+    for class_position, r, similarity in itertools.product(range(9), range(5), ("cosine", "dot", "euclidean")):
+        new_index = match_tokens(metric, r, class_position, similarity).new_index
+        for places in new_index.tolist():
+            assert sorted(set(places)) == list(range(9 - r)) and places.count(places[class_position]) == 1
+
+
+def test_bfloat16():
+    metric = random_tensor(2, 33, 20, seed=0, dtype=torch.bfloat16)
+    new_index, merged, gradient = fuse("numba", metric, 9, 0, "cosine", "raster", None)
+    assert merged.dtype == gradient.dtype == torch.bfloat16
+    expected = fuse("torch", metric.float(), 9, 0, "cosine", "raster", None)
+    assert (new_index == expected[0]).float().mean() > 0.9  # products are rounded to bfloat16
+    set_selective_scan_backend("numba")
+    matching = match_tokens(metric.float(), 9)
+    torch.testing.assert_close(matching.merge(metric).float(), matching.merge(metric.float()), rtol=1e-2, atol=1e-2)
+
+
+def test_results_do_not_depend_on_threads():
+    num_threads, results = torch.get_num_threads(), []
+    metric = random_tensor(5, 65, 32, seed=0)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(fuse("numba", metric, 20, 0, "cosine", "raster", None))
+    torch.set_num_threads(num_threads)
+    assert all(torch.equal(one, two) for one, two in zip(*results))
+
+
+def test_opcheck():
+    new_index = match_tokens(random_tensor(2, 9, 16, seed=0), 3).new_index
+    values = random_tensor(2, 9, 16, seed=1).requires_grad_()
+    torch.library.opcheck(torch.ops.fambav.merge.default, (values, new_index, 6, None))
+    products, norms = random_tensor(2, 5, 4, seed=2), random_tensor(2, 9, seed=3).abs()
+    class_index = torch.zeros(2, 1, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.fambav.match_tokens.default, (products, norms, class_index, 3, "dot", "raster"))
