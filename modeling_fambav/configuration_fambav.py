@@ -143,7 +143,6 @@ class FambaVConfig(PreTrainedConfig):
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_unknown_fusion_fields(kwargs)
         if isinstance(self.image_size, list):  # JSON has no tuples
             self.image_size = tuple(self.image_size)
         if self.patch_stride is None:
@@ -159,6 +158,10 @@ class FambaVConfig(PreTrainedConfig):
                 "AutoModelForImageClassification": "modeling_fambav.FambaVForImageClassification",
             }
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_unknown_fusion_fields({name: value})
+        super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

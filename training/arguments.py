@@ -100,21 +100,29 @@ def parse_arguments(
 def _read_yaml(path: Path, parser: argparse.ArgumentParser, known: set[str]) -> dict[str, Any]:
     """Values of a YAML file, each read as the command line would read it."""
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        # Every scalar as the text that it is: to YAML, `no` would be false, and the flags know their own types.
+        content = yaml.load(path.read_text(), yaml.BaseLoader)
     except OSError as error:
         raise ArgumentError(f"--config {path}: cannot be read, {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArgumentError(f"--config {path}: not a YAML file, {error}") from error
+    if content in (None, ""):
+        return {}
     if not isinstance(content, dict):
         raise ArgumentError(f"--config {path}: expected a mapping of flag names to values, got {content!r}")
 
+    takes_list = {action.dest: action.nargs == "+" for action in parser._actions}
     values = {}
     for name, value in content.items():
         if name not in known:
             raise ArgumentError(f"{path}: {_unknown(repr(name), str(name), known)}")
-        if value is None:
+        if value in ("", "~", "null"):
             continue
-        words = [str(word) for word in value] if isinstance(value, list) else [str(value)]
+        words = value if isinstance(value, list) else [value]
+        is_list_of_text = bool(words) and all(isinstance(word, str) for word in words)
+        if not is_list_of_text or (isinstance(value, list) and not takes_list[name]):
+            expected = "a list of values" if takes_list[name] else "one value"
+            raise ArgumentError(f"{path}: --{name}: expected {expected}, got {value!r}")
         try:
             values[name] = getattr(parser.parse_args([f"--{name}", *words]), name)
         except ArgumentError as error:

@@ -26,18 +26,16 @@ from arguments import add_model_flags, config_overrides
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 from saving import atomic_folder
 
-_RENAMED = {
-    "cls_token": "fambav.embeddings.cls_token",
-    "pos_embed": "fambav.embeddings.position_embeddings",
-    "patch_embed.proj.weight": "fambav.embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "fambav.embeddings.patch_embeddings.projection.bias",
-    "norm_f.weight": "fambav.norm.weight",
-    "head.weight": "classifier.weight",
-    "head.bias": "classifier.bias",
+_OFFICIAL_NAMES = {
+    "fambav.embeddings.cls_token": "cls_token",
+    "fambav.embeddings.position_embeddings": "pos_embed",
+    "fambav.embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "fambav.embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "fambav.norm.weight": "norm_f.weight",
+    "classifier.weight": "head.weight",
+    "classifier.bias": "head.bias",
 }
-# The official code marks the backward direction by a suffix: conv1d_b.weight, A_b_log, D_b.
-_SCAN_PARAMETER = re.compile(r"(layers\.\d+\.mixer)\.(conv1d|x_proj|dt_proj|A|D)(_b)?(_log|\.weight|\.bias)?")
-_LAYER_PARAMETER = re.compile(r"layers\.\d+\.(norm|mixer\.in_proj|mixer\.out_proj)\.weight")
+_SCAN_PARAMETER = re.compile(r"(layers\.\d+\.mixer)\.(forward|backward)_scan\.(conv1d|x_proj|dt_proj|A|D)(.*)")
 
 
 class CheckpointError(ValueError):
@@ -64,9 +62,7 @@ def convert(checkpoint: Path, output_folder: Path, **overrides: Any) -> FambaVFo
     official = read_state_dict(checkpoint)
     config = read_config(official, **overrides)
     model = FambaVForImageClassification(config)
-    state_dict = _rename(official)
-    _check_same_parameters(state_dict, model.state_dict())
-    model.load_state_dict(state_dict)
+    model.load_state_dict(_renamed(official, model.state_dict()))
 
     height, width = config.image_height_width
     processor = ViTImageProcessorPil(
@@ -100,9 +96,11 @@ def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: cannot be read, {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
+        # Of torch's long message, which also advises to run the code, the one line that names what was found
+        found = next((line for line in str(error).splitlines() if "GLOBAL" in line or "error:" in line), "")
         raise CheckpointError(
             f"{checkpoint}: not a file of plain tensors, and nothing else is unpickled because it could run code. "
-            f"The unpickler says: {str(error).splitlines()[0]}"
+            f"{found.strip()}".strip()
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -170,31 +168,31 @@ def read_config(official: dict[str, Tensor], **overrides: Any) -> FambaVConfig:
         raise CheckpointError(str(error)) from error
 
 
-def _rename(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for official ones. A name that is not official stays as it is, and is reported as unexpected."""
-
-    def renamed(name: str) -> str:
-        if name in _RENAMED:
-            return _RENAMED[name]
-        if match := _SCAN_PARAMETER.fullmatch(name):
-            mixer, parameter, backward, ending = match.groups()
-            return f"fambav.{mixer}.{'backward_scan' if backward else 'forward_scan'}.{parameter}{ending or ''}"
-        return f"fambav.{name}" if _LAYER_PARAMETER.fullmatch(name) else name
-
-    return {renamed(name): tensor for name, tensor in official.items()}
+def official_name(name: str) -> str:
+    """The official name of one of our parameters. The backward direction is marked by a suffix: conv1d_b, A_b_log."""
+    if name in _OFFICIAL_NAMES:
+        return _OFFICIAL_NAMES[name]
+    name = name.removeprefix("fambav.")
+    if match := _SCAN_PARAMETER.fullmatch(name):
+        mixer, direction, parameter, ending = match.groups()
+        return f"{mixer}.{parameter}{'_b' if direction == 'backward' else ''}{ending}"
+    return name
 
 
-def _check_same_parameters(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
+def _renamed(official: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official tensors under our names, which are those of `expected`; all must be there with the same shapes."""
+    names = {official_name(name): name for name in expected}
+    problems = [f"missing {name!r}" for name in names if name not in official]
+    problems += [f"unexpected {name!r}" for name in official if name not in names]
     problems += [
-        f"{name} of shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name!r} of shape {tuple(official[name].shape)}, expected {tuple(expected[ours].shape)}"
+        for name, ours in names.items()
+        if name in official and official[name].shape != expected[ours].shape
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"not a Vim checkpoint of one geometry: {'; '.join(problems[:5])}{more}")
+    return {ours: official[name] for name, ours in names.items()}
 
 
 def main() -> None:

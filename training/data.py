@@ -56,14 +56,17 @@ def load_labeled_images(
         DataError: if the dataset, a split or a column is missing or of the wrong type.
     """
     splits = _digits() if dataset_name == DIGITS else _load(dataset_name)
-    for name in filter(None, (train_split, validation_split)):
-        if name not in splits:
-            raise DataError(f"split {name!r} of {dataset_name!r}: expected one of {sorted(splits)}")
+    for flag, name in (("train_split", train_split), ("validation_split", validation_split)):
+        if name is not None and name not in splits:
+            raise DataError(f"--{flag} {name!r}: expected one of {sorted(splits)}, the splits of {dataset_name!r}")
     train = splits[train_split]
     image_column = _find_column(train, "image_column_name", image_column, ImageFeature)
     label_column = _find_column(train, "label_column_name", label_column, ClassLabel)
     if validation_split is None:
-        parts = train.train_test_split(_VALIDATION_SHARE, seed=seed, stratify_by_column=label_column)
+        try:
+            parts = train.train_test_split(_VALIDATION_SHARE, seed=seed, stratify_by_column=label_column)
+        except ValueError as error:
+            raise DataError(f"too few images to set some aside, give --validation_split: {error}") from error
         train, validation = parts["train"], parts["test"]
     else:
         validation = splits[validation_split]

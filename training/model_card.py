@@ -1,6 +1,6 @@
 """Model cards, written from what a run measured and nothing else."""
 
-import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
     dataset = results["dataset"]
     name = f"fambav-{Path(dataset).name}-{config.fusion_strategy}"
     metrics = {"accuracy": results["top1"], "top-5 accuracy": results["top5"]}
+    # Without a validation split, a part of the training split was set aside and scored
+    arguments = results["arguments"]
+    scored_split = arguments.get("validation_split") or arguments.get("train_split", "train")
     is_hub_id = dataset.count("/") == 1 and not Path(dataset).exists()
     data = ModelCardData(
         license="apache-2.0",
@@ -34,7 +37,7 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
                 task_type="image-classification",
                 dataset_type=dataset if is_hub_id else Path(dataset).name,
                 dataset_name=Path(dataset).name,
-                dataset_split="validation",
+                dataset_split=scored_split,
                 metric_type="accuracy",
                 metric_name=metric,
                 metric_value=round(value, 2),
@@ -50,7 +53,7 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
         config=config,
         fusion=_describe_fusion(config),
         memory_mib=round(results["peak_memory_bytes"] / 2**20),
-        command=_command(results["arguments"]),
+        command=_command(arguments),
         versions=", ".join(f"{package} {version}" for package, version in results["versions"].items()),
         results=results,
     )
@@ -59,9 +62,13 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
 def _describe_fusion(config: PreTrainedConfig) -> str:
     if config.fusion_strategy == "none":
         return "off"
+    settings = [f"{config.fusion_metric} similarity", f"{config.fusion_reduction} reduction"]
+    settings.append(f"{config.fusion_order} order")
+    if config.fusion_scale_time_step:
+        settings.append("time steps scaled by token size")
     return (
         f"`{config.fusion_strategy}`, {sum(config.tokens_removed)} of {config.num_patches} patch tokens are averaged "
-        f"away ({config.fusion_metric} similarity, {config.fusion_reduction} reduction, {config.fusion_order} order)"
+        f"away ({', '.join(settings)})"
     )
 
 
@@ -71,7 +78,5 @@ def _command(arguments: dict[str, Any]) -> str:
     for name, value in arguments.items():
         if value is not None:
             words = value if isinstance(value, (list, tuple)) else [value]
-            lines.append(
-                f"  --{name} " + " ".join(word if isinstance(word, str) else json.dumps(word) for word in words)
-            )
+            lines.append(f"  --{name} " + " ".join(shlex.quote(str(word)) for word in words))
     return " \\\n".join(lines)

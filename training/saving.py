@@ -19,22 +19,44 @@ from model_card import create_card
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path` and move it there when the block ends well.
 
-    What stood at `path` before stays untouched until then, and if the block fails nothing is left behind.
+    What stood at `path` before stays untouched until then, and if the block fails nothing is left behind. A link to a
+    folder stays a link.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield staging
         staging.chmod(0o755)
-        if path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            os.replace(path, replaced / path.name)
-            os.replace(staging, path)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(staging, path)
+        _replace(path, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(path: Path, new: Path) -> None:
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = new.with_name(f"{new.name}.old")
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a folder that a run could not replace without destroying something else.
+
+    Raises:
+        ValueError: if `path` is neither new, nor empty, nor the folder of an earlier run.
+    """
+    if any(parent.is_file() for parent in (path, *path.parents)):
+        raise ValueError(f"--output_dir {path}: expected a folder, this is a file")
+    if path.exists() and any(path.iterdir()) and not (path / "all_results.json").exists():
+        raise ValueError(f"--output_dir {path}: expected a folder that is new, empty or of an earlier run")
 
 
 def save_release(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, results: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, get_scheduler
+from transformers import AutoConfig, AutoImageProcessor, get_scheduler
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -33,7 +33,10 @@ from metrics import evaluate
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
 from optimization import create_optimizer, create_weight_average
 from provenance import environment, peak_memory_bytes
-from saving import atomic_folder, save_release
+from saving import atomic_folder, check_output_folder, save_release
+
+# Those that need nothing but the numbers of warm-up steps and of all steps
+_SCHEDULES = ["cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup"]
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -87,6 +90,8 @@ class TrainingArguments:
         for name in ("warmup_ratio", "label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1)")
+        if self.lr_scheduler_type not in _SCHEDULES:
+            raise ValueError(f"--lr_scheduler_type {self.lr_scheduler_type}: expected one of {_SCHEDULES}")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f"--mixed_precision {self.mixed_precision}: expected no, fp16 or bf16")
 
@@ -102,18 +107,35 @@ def use_all_cores(accelerator: Accelerator) -> None:
 def create_model(
     args: TrainingArguments, overrides: dict[str, Any], label_names: list[str]
 ) -> tuple[FambaVForImageClassification, BaseImageProcessor]:
-    """The model and its image processor, new or from a checkpoint, with the labels of the data."""
+    """The model and its image processor, new or from a checkpoint, with the labels of the data.
+
+    Raises:
+        ValueError: if the checkpoint is of another model, or its weights do not fit the fields in `overrides`.
+    """
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    if args.model_name_or_path is not None:
-        model = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path, ignore_mismatched_sizes=True, **labels, **overrides
-        )
-        return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    config = FambaVConfig(**labels, **overrides)
-    height, width = config.image_height_width
-    return FambaVForImageClassification(config), ViTImageProcessorPil(
-        size={"height": height, "width": width}, do_convert_rgb=True
+    checkpoint = args.model_name_or_path
+    if checkpoint is None:
+        config = FambaVConfig(**labels, **overrides)
+        height, width = config.image_height_width
+        processor = ViTImageProcessorPil(size={"height": height, "width": width}, do_convert_rgb=True)
+        return FambaVForImageClassification(config), processor
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type != FambaVConfig.model_type:
+        raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
+    model, report = FambaVForImageClassification.from_pretrained(
+        checkpoint, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **overrides
     )
+    # A new classifier is meant to be; anything else would be silently random.
+    not_loaded = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    not_loaded = [name for name in not_loaded if not name.startswith("classifier.")]
+    if not_loaded or report["unexpected_keys"]:
+        changed = {name: value for name, value in overrides.items() if getattr(config, name) != value}
+        raise ValueError(
+            f"--model_name_or_path {checkpoint}: its weights do not fit {changed}, among them "
+            f"{sorted([*not_loaded, *report['unexpected_keys']])[0]}"
+        )
+    return model, AutoImageProcessor.from_pretrained(checkpoint)
 
 
 def create_loaders(
@@ -123,7 +145,8 @@ def create_loaders(
 
     def loader(dataset, max_samples, batch_size, is_training):
         if max_samples is not None:
-            dataset = dataset.select(range(min(max_samples, len(dataset))))
+            # Shuffled, because datasets are often sorted by class
+            dataset = dataset.shuffle(seed=args.seed).select(range(min(max_samples, len(dataset))))
         tensors = ImageTensors(dataset, images.image_column, images.label_column, processor)
         # A batch already comes whole from the dataset, so there is nothing to collate.
         return DataLoader(
@@ -132,11 +155,6 @@ def create_loaders(
 
     train = loader(images.train, args.max_train_samples, args.per_device_train_batch_size, True)
     validation = loader(images.validation, args.max_eval_samples, args.per_device_eval_batch_size, False)
-    if len(train) == 0:
-        raise ValueError(
-            f"--per_device_train_batch_size {args.per_device_train_batch_size}: expected at most the number of "
-            f"training images, {len(train.dataset)}"
-        )
     return train, validation
 
 
@@ -155,6 +173,11 @@ class Trainer:
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
         self.model, self.optimizer, self.train_loader = accelerator.prepare(model, optimizer, train_loader)
+        if len(self.train_loader) == 0:
+            raise ValueError(
+                f"--per_device_train_batch_size {args.per_device_train_batch_size}: expected at most "
+                f"{len(train_loader.dataset)} training images over {accelerator.num_processes} process(es)"
+            )
         self.weight_average = create_weight_average(accelerator.unwrap_model(self.model), args.ema_decay)
 
         steps_per_epoch = math.ceil(len(self.train_loader) / args.gradient_accumulation_steps)
@@ -200,8 +223,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if an argument, the data or the model's fields do not fit, before any time is spent.
     """
-    if args.output_dir.is_file():
-        raise ValueError(f"--output_dir {args.output_dir}: expected a folder, this is a file")
+    check_output_folder(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -273,6 +295,8 @@ def main() -> None:
         results = run(args, overrides)
     except (ValueError, StrictDataclassError, OSError) as error:
         sys.exit(f"error: {error}")
+    if not PartialState().is_main_process:
+        return
     print(
         f"{args.output_dir}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % "
         f"(averaged weights {results['ema_top1']:.2f} %, {results['ema_top5']:.2f} %), "

@@ -381,3 +381,8 @@ def test_an_invalid_file_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "fusion_tokens": 0}))
     with pytest.raises(INVALID, match="fusion_tokens=0"):
         FambaVConfig.from_pretrained(tmp_path)
+
+
+def test_a_misspelt_fusion_field_cannot_be_assigned():
+    with pytest.raises(INVALID, match="fusion_token=3"):
+        FambaVConfig().fusion_token = 3

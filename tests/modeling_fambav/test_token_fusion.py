@@ -7,11 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import modeling_fambav.selective_scan as scan_module
 from helpers import random_tensor, read_fixture, slow_match, slow_merge
 from modeling_fambav.token_fusion import Matching, match_tokens, unmerge
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
 ORDERS = ("raster", "appended")
+
+
+@pytest.fixture(params=["torch", "numba"])
+def backend(request, monkeypatch):
+    """Fusion has the same two ways on a CPU as the scan."""
+    monkeypatch.setattr(scan_module, "_chosen", request.param)
 
 
 def max_tokens(num_tokens: int) -> int:
@@ -41,7 +48,7 @@ def per_image(class_index: int | Tensor, batch_size: int) -> list[int]:
 # ---- values ----
 
 
-def test_golden_token_merge():
+def test_golden_token_merge(backend):
     golden, metadata = read_fixture("token_merge")
     matching = match_tokens(golden["metric"], int(metadata["r"]), class_index=0, order="appended")
     merged = matching.merge(golden["values"])
@@ -69,7 +76,7 @@ def test_matching_and_merge_equal_the_slow_reference(num_tokens, similarity, ord
                 torch.testing.assert_close(merged[b], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_several_evens_land_on_one_odd():
+def test_several_evens_land_on_one_odd(backend):
     # Tokens 2, 4 and 6 look like token 3; the class token 0 looks like it most of all.
     metric = torch.tensor([[[1.0, 0.0], [0, 1], [1, 0.1], [1, 0], [1, 0.2], [-1, -1], [1, 0.3], [0, -1]]])
     values = torch.arange(8.0).view(1, 8, 1)
@@ -88,8 +95,8 @@ def test_several_evens_land_on_one_odd():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("class_index", [0, 1, 2])
-def test_three_tokens_leave_the_class_token_and_the_mean_of_the_patches(class_index, order):
-    values = random_tokens(4, 3, 5)
+def test_three_tokens_leave_the_class_token_and_the_mean_of_the_patches(backend, class_index, order):
+    values = random_tokens(4, 3, 5, dtype=torch.float32)
     matching = match_tokens(values, 1, class_index, order=order)
     merged = matching.merge(values)
     assert merged.shape == (4, 2, 5)
@@ -103,7 +110,7 @@ def test_three_tokens_leave_the_class_token_and_the_mean_of_the_patches(class_in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_tokens", [4, 5, 16, 17])
-def test_the_class_token_is_never_fused_and_never_receives(num_tokens, order, dtype):
+def test_the_class_token_is_never_fused_and_never_receives(backend, num_tokens, order, dtype):
     r = max_tokens(num_tokens)
     for class_position in range(num_tokens):
         # Everything resembles the class token more than anything else.
@@ -135,7 +142,7 @@ def test_every_image_has_its_own_matching(order):
         assert torch.equal(together[b : b + 1], alone)
 
 
-def test_tokens_that_stay_alone_keep_every_bit():
+def test_tokens_that_stay_alone_keep_every_bit(backend):
     values = random_tokens(2, 15, 4, dtype=torch.float32)
     matching = match_tokens(values, 3, 0)
     merged = matching.merge(values, random_weights(2, 15))
@@ -229,7 +236,7 @@ def assert_valid(matching: Matching, num_tokens: int, r: int, class_position: in
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30, math.inf, math.nan])
 @pytest.mark.parametrize("num_tokens", [3, 8, 9])
-def test_ties_and_numbers_that_are_none(num_tokens, value, similarity, order):
+def test_ties_and_numbers_that_are_none(backend, num_tokens, value, similarity, order):
     for class_position, r in itertools.product(range(num_tokens), range(max_tokens(num_tokens) + 1)):
         metric = torch.full((2, num_tokens, 4), value)
         metric[1] = random_tokens(num_tokens, 4, dtype=torch.float32) * value
@@ -237,7 +244,7 @@ def test_ties_and_numbers_that_are_none(num_tokens, value, similarity, order):
         assert_valid(matching, num_tokens, r, class_position)
 
 
-def test_the_class_token_is_protected_when_every_similarity_overflows():
+def test_the_class_token_is_protected_when_every_similarity_overflows(backend):
     metric = torch.full((1, 9, 2), 1e30)
     metric[:, 1::2] *= -1  # every dot product of an even and an odd token is minus infinity
     for class_position, r in itertools.product(range(9), range(5)):
@@ -245,7 +252,7 @@ def test_the_class_token_is_protected_when_every_similarity_overflows():
         assert_valid(matching, 9, r, class_position)
 
 
-def test_one_image_of_nans_leaves_the_others_alone():
+def test_one_image_of_nans_leaves_the_others_alone(backend):
     metric = random_tokens(3, 9, 4)
     expected = match_tokens(metric, 3)
     metric[1] = math.nan
@@ -254,7 +261,7 @@ def test_one_image_of_nans_leaves_the_others_alone():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_bfloat16_values(order):
+def test_bfloat16_values(backend, order):
     metric, values = random_tokens(2, 33, 8, dtype=torch.bfloat16), random_tokens(2, 33, 8, dtype=torch.bfloat16)
     matching = match_tokens(metric, 9, order=order)
     merged = matching.merge(values, random_weights(2, 33))
@@ -263,7 +270,7 @@ def test_bfloat16_values(order):
     torch.testing.assert_close(merged.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_the_bfloat16_mean_of_many_tokens():
+def test_the_bfloat16_mean_of_many_tokens(backend):
     # All 98 even patches land on token 1; a running sum in bfloat16 would lose what each of them adds.
     metric = torch.zeros(1, 197, 2)
     metric[:, :, 0] = 1
