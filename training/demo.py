@@ -6,6 +6,7 @@ Leaves the two models in outputs/demo/none and outputs/demo/upper, and a plot in
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def train(strategy: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", str(Path(__file__).parent / "train.py")]
     command += [f"--config={CONFIG}", f"--fusion_strategy={strategy}", f"--output_dir={folder}"]
-    subprocess.run(command, check=True)
+    # Threads that wait without spinning, which costs nothing here and much on a machine that is busy
+    subprocess.run(command, check=True, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
     return json.loads((folder / "all_results.json").read_text())
 
 
