@@ -31,6 +31,7 @@ from arguments import parse_arguments
 from data import ImageTensors, LabeledImages, load_labeled_images, normalize
 from metrics import evaluate
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
+from modeling_fambav.selective_scan import uses_cpu_kernels
 from optimization import create_optimizer, create_weight_average
 from provenance import environment, peak_memory_bytes
 from saving import atomic_folder, check_output_folder, save_release
@@ -190,6 +191,17 @@ class Trainer:
         self.step = 0
         self.progress = tqdm(total=self.num_steps, desc="training", disable=not accelerator.is_local_main_process)
 
+    def compile_kernels(self) -> None:
+        """Compile the CPU kernels by one small step, so that this is no part of the time and memory of training."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not uses_cpu_kernels(next(model.parameters())):
+            return
+        config = model.config
+        with torch.random.fork_rng():
+            model.train()
+            model(torch.zeros(1, config.num_channels, *config.image_height_width)).logits.sum().backward()
+        self.optimizer.zero_grad()
+
     def train_epoch(self) -> dict[str, float]:
         """One pass over the training images, or what is left of `max_train_steps`. Returns what to log."""
         self.model.train()
@@ -245,6 +257,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(args, accelerator, model, processor, train_loader)
     validation_loader = accelerator.prepare(validation_loader)
 
+    trainer.compile_kernels()
     start_memory = peak_memory_bytes(accelerator.device)
     train_seconds, log = 0.0, []
     for epoch in range(1, trainer.num_epochs + 1):
