@@ -51,17 +51,22 @@ def check_output_folder(path: Path) -> None:
     """Refuse a folder that a run could not replace without destroying something else.
 
     Raises:
-        ValueError: if `path` is neither new, nor empty, nor the folder of an earlier run.
+        ValueError: if `path` is neither new, nor empty, nor the folder of an earlier run, or cannot be written.
     """
     if any(parent.is_file() for parent in (path, *path.parents)):
         raise ValueError(f"--output_dir {path}: expected a folder, this is a file")
     if path.exists() and any(path.iterdir()) and not (path / "all_results.json").exists():
         raise ValueError(f"--output_dir {path}: expected a folder that is new, empty or of an earlier run")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        Path(tempfile.mkdtemp(dir=existing)).rmdir()
+    except OSError as error:
+        raise ValueError(f"--output_dir {path}: {existing} cannot be written, {error.strerror}") from error
 
 
 def save_release(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, results: dict[str, Any]) -> None:
     """Write what a user needs to load and to judge a model: weights, code, processor, results and card."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "all_results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     create_card(model.config, results).save(folder / "README.md")

@@ -111,8 +111,11 @@ def create_model(
     """The model and its image processor, new or from a checkpoint, with the labels of the data.
 
     Raises:
-        ValueError: if the checkpoint is of another model, or its weights do not fit the fields in `overrides`.
+        ValueError: if the checkpoint is of another model, its weights do not fit the fields in `overrides`, or the
+            model does not take RGB images.
     """
+    if overrides.get("num_channels", 3) != 3:
+        raise ValueError(f"--num_channels {overrides['num_channels']}: expected 3, images are converted to RGB")
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     checkpoint = args.model_name_or_path
     if checkpoint is None:
@@ -184,7 +187,7 @@ class Trainer:
         steps_per_epoch = math.ceil(len(self.train_loader) / args.gradient_accumulation_steps)
         self.num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
         self.num_epochs = math.ceil(self.num_steps / steps_per_epoch)
-        # accelerate steps a prepared schedule once per process; this one counts optimizer steps.
+        # Not prepared: accelerate steps a prepared schedule once per process; this one counts optimizer steps.
         self.schedule = get_scheduler(
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
         )
@@ -203,7 +206,11 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the training images, or what is left of `max_train_steps`. Returns what to log."""
+        """One pass over the training images, or what is left of `max_train_steps`. Returns what to log.
+
+        Raises:
+            ValueError: if the loss is not finite.
+        """
         self.model.train()
         total_loss = torch.zeros((), device=self.accelerator.device)
         num_batches = 0
@@ -225,6 +232,11 @@ class Trainer:
                 self.step += 1
                 self.progress.update()
         mean_loss = self.accelerator.reduce(total_loss, "mean").item() / num_batches
+        if not math.isfinite(mean_loss):
+            raise ValueError(
+                f"the loss is {mean_loss} in the epoch that ended with step {self.step}, at learning rate "
+                f"{self.schedule.get_last_lr()[0]:.2g}: lower --learning_rate"
+            )
         self.progress.set_postfix(loss=f"{mean_loss:.3f}")
         return {"step": self.step, "train_loss": mean_loss, "learning_rate": self.schedule.get_last_lr()[0]}
 
@@ -240,7 +252,6 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         cpu=args.cpu,
-        step_scheduler_with_optimizer=False,
     )
     use_all_cores(accelerator)
     set_seed(args.seed)

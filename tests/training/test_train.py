@@ -335,6 +335,7 @@ BAD_FLAGS = [
     ({"gradient_accumulation_steps": 0}, ["--gradient_accumulation_steps 0", ">= 1"]),
     ({"learning_rate": -0.1}, ["--learning_rate -0.1", ">= 0"]),
     ({"learning_rate": "nan"}, ["--learning_rate nan"]),
+    ({"num_channels": 1}, ["--num_channels 1", "expected 3"]),
     ({"warmup_ratio": 1}, ["--warmup_ratio 1", "[0, 1)"]),
     ({"label_smoothing": -0.1}, ["--label_smoothing -0.1", "[0, 1)"]),
     ({"mixed_precision": "fp32"}, ["--mixed_precision fp32", "bf16"]),
@@ -404,3 +405,9 @@ def test_error_of_the_command_is_one_line_without_traceback(tmp_path):
     assert process.stderr.strip() == "error: --fusion_token: no such name; did you mean '--fusion_tokens'?"
     assert process.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(old_run):
+    with pytest.raises(ValueError, match="the loss is (nan|inf).*--learning_rate"):
+        train_here(old_run, learning_rate=1e30, max_train_steps=6)
+    assert (old_run / "model.safetensors").read_text() == "old weights"
