@@ -1,5 +1,6 @@
 # make demo    train the quickstart model without and with token fusion, and compare
 # make test    all tests that need no GPU and less than a minute
+# make bench   time and memory beside DeiT, on this machine's CPU
 # make quality check style; make style mends it
 #
 # The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.10 or newer).
@@ -9,13 +10,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quality style
+.PHONY: bench demo test quality style
 
 demo: $(INSTALLED)
 	$(BIN)/python training/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python training/benchmark.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
