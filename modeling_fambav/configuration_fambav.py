@@ -171,9 +171,9 @@ class FambaVConfig(PreTrainedConfig):
     @classmethod
     def _refuse_unknown_fusion_fields(cls, fields: dict[str, Any]) -> None:
         """The base class takes any keyword; a misspelt fusion field would be a silent no-op."""
-        known = [name for name in cls.__dataclass_fields__ if name.startswith("fusion")]
         for name, value in fields.items():
-            if name.startswith("fusion") and name not in known:
+            if name.startswith("fusion") and name not in cls.__dataclass_fields__:
+                known = [field for field in cls.__dataclass_fields__ if field.startswith("fusion")]
                 raise ValueError(f"{name}={value!r}: no such field, expected one of {known}")
 
     # ---- geometry ----

@@ -111,11 +111,8 @@ def create_model(
     """The model and its image processor, new or from a checkpoint, with the labels of the data.
 
     Raises:
-        ValueError: if the checkpoint is of another model, its weights do not fit the fields in `overrides`, or the
-            model does not take RGB images.
+        ValueError: if the checkpoint is of another model, or its weights do not fit the fields in `overrides`.
     """
-    if overrides.get("num_channels", 3) != 3:
-        raise ValueError(f"--num_channels {overrides['num_channels']}: expected 3, images are converted to RGB")
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     checkpoint = args.model_name_or_path
     if checkpoint is None:
@@ -245,7 +242,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     """Train, score and save. Returns what is written to `all_results.json`.
 
     Raises:
-        ValueError: if an argument, the data or the model's fields do not fit, before any time is spent.
+        ValueError: if an argument, the data or the model's fields do not fit, before any time is spent; or if the
+            loss stops being finite.
     """
     check_output_folder(args.output_dir)
     accelerator = Accelerator(
@@ -264,6 +262,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         args.seed,
     )
     model, processor = create_model(args, overrides, images.label_names)
+    if model.config.num_channels != 3:
+        raise ValueError(f"--num_channels {model.config.num_channels}: expected 3, images are converted to RGB")
     train_loader, validation_loader = create_loaders(args, images, processor)
     trainer = Trainer(args, accelerator, model, processor, train_loader)
     validation_loader = accelerator.prepare(validation_loader)
