@@ -24,9 +24,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .bidirectional_scan import bidirectional_scan
 from .configuration_fambav import FambaVConfig
 from .rms_norm import rms_norm
-from .selective_scan import causal_conv1d, selective_scan
 from .token_fusion import match_tokens
 
 
@@ -184,7 +184,6 @@ class FambaVMixer(nn.Module):
 
     def __init__(self, config: FambaVConfig):
         super().__init__()
-        self.split_sizes = [config.time_step_rank, config.state_size, config.state_size]
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.forward_scan = FambaVScanDirection(config)
         self.backward_scan = FambaVScanDirection(config)
@@ -196,17 +195,17 @@ class FambaVMixer(nn.Module):
 
     def forward(self, hidden_states: Tensor, dt_scale: Tensor | None = None) -> Tensor:
         """`dt_scale` of shape `(B, T)` multiplies the time step of each token."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, T, E) each
-        x = causal_conv1d(x, self._stacked("conv1d.weight").squeeze(2), self._stacked("conv1d.bias"))  # (G, B, T, E)
-
-        # One batched product for both directions: (G, B*T, .) @ (G, ., .)
-        projected = torch.bmm(x.flatten(1, 2), self._stacked("x_proj.weight").mT)
-        dt, B, C = projected.split(self.split_sizes, dim=-1)
-        dt = torch.bmm(dt, self._stacked("dt_proj.weight").mT)
-        dt, B, C = (tensor.unflatten(1, x.shape[1:3]) for tensor in (dt, B, C))
-
-        A = -torch.exp(self._stacked("A_log").float())
-        y = selective_scan(x, dt, A, B, C, self._stacked("D"), z, self._stacked("dt_proj.bias"), dt_scale)
+        y = bidirectional_scan(
+            self.in_proj(hidden_states),
+            self._stacked("conv1d.weight").squeeze(2),
+            self._stacked("conv1d.bias"),
+            self._stacked("x_proj.weight"),
+            self._stacked("dt_proj.weight"),
+            self._stacked("dt_proj.bias"),
+            -torch.exp(self._stacked("A_log").float()),
+            self._stacked("D"),
+            dt_scale,
+        )
         return self.out_proj(y)
 
 

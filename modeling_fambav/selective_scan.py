@@ -63,6 +63,8 @@ _BACKENDS = {
     "triton": _Backend("triton", "triton", ("cuda",)),
     "torch": _Backend("torch", "torch", None),
 }
+# Backends with kernels of ours, see `ScanKernels`; the others are functions of their own.
+HAS_KERNELS = ("numba", "triton")
 _INSTALLED = {name: importlib.util.find_spec(backend.module) is not None for name, backend in _BACKENDS.items()}
 _chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
 
@@ -100,7 +102,7 @@ def selective_scan(
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     backend = selective_scan_backend(x)
-    if backend in ("numba", "triton"):
+    if backend in HAS_KERNELS:
         return _fused_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale, torch.is_grad_enabled(), backend)[0]
     if backend == "mamba-ssm":
         from .selective_scan_mamba_ssm import scan as mamba_ssm_scan
@@ -126,7 +128,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     _check_conv(x, weight, bias)
     backend = selective_scan_backend(x)
-    if backend in ("numba", "triton"):
+    if backend in HAS_KERNELS:
         return _fused_conv(x, weight, bias, backend)
     return torch_conv(x, weight, bias)
 
@@ -251,7 +253,8 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
 # numba and triton are imported inside them: at the first scan, not when a model is imported.
 
 
-def _kernels(backend: str) -> ScanKernels:
+def kernels_of(backend: str) -> ScanKernels:
+    """The kernels of a backend in `HAS_KERNELS`."""
     if backend == "numba":
         from .selective_scan_numba import KERNELS
     else:
@@ -274,12 +277,12 @@ def _fused_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the states that the backward pass starts from (empty unless `keep_states`)."""
-    return _kernels(backend).scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
+    return kernels_of(backend).scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
 
 
 @_fused_scan.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states, backend):
-    states_shape = _kernels(backend).states_shape
+    states_shape = kernels_of(backend).states_shape
     return x.new_empty(x.shape[1:]), x.new_empty(states_shape(x, A, keep_states), dtype=torch.float32)
 
 
@@ -299,7 +302,7 @@ def _fused_scan_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, D and, if they are given, z and dt_bias."""
-    gradients = _kernels(backend).scan_backward(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states)
+    gradients = kernels_of(backend).scan_backward(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states)
     inputs = (x, dt, A, B, C, D, z, dt_bias)
     return [
         gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs) if tensor is not None
@@ -328,7 +331,7 @@ _fused_scan.register_autograd(_backward_of_scan, setup_context=_save_scan)
 
 @torch.library.custom_op("fambav::causal_conv1d", mutates_args=())
 def _fused_conv(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    return _kernels(backend).conv_forward(x, weight, bias)
+    return kernels_of(backend).conv_forward(x, weight, bias)
 
 
 @_fused_conv.register_fake
@@ -340,7 +343,7 @@ def _(x, weight, bias, backend):
 def _fused_conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _kernels(backend).conv_backward(dout, x, weight, bias)
+    dx, dweight, dbias = kernels_of(backend).conv_backward(dout, x, weight, bias)
     return dx.to(x.dtype), dweight.to(weight.dtype).contiguous(), dbias.to(bias.dtype).contiguous()
 
 

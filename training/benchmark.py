@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from memory import keep_freed_memory
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, set_selective_scan_backend
 from provenance import environment
 from tables import markdown_table
@@ -187,6 +188,7 @@ def _print_peak(case: Case) -> None:
     warm = Subject(dataclasses.replace(case, batch_size=1), torch.device("cpu"))
     warm.step()  # compiled kernels and libraries are not part of a step's memory
     del warm
+    keep_freed_memory()
     before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     for _ in range(3):
@@ -340,6 +342,7 @@ def main() -> None:
         _print_peak(Case(**json.loads(args.peak_of)))
         return
 
+    keep_freed_memory()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     report = {"environment": environment(Accelerator(cpu=device.type == "cpu")), "rounds": args.rounds, "results": {}}

@@ -29,6 +29,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from arguments import parse_arguments
 from data import ImageTensors, LabeledImages, load_labeled_images, normalize
+from memory import keep_freed_memory
 from metrics import evaluate
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
 from modeling_fambav.selective_scan import uses_cpu_kernels
@@ -314,6 +315,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_freed_memory()
     try:
         args, overrides = parse_arguments(TrainingArguments, __doc__.splitlines()[0])
         results = run(args, overrides)

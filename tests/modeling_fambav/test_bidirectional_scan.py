@@ -1,0 +1,142 @@
+"""The mixer's operator: values and every gradient against separate operators in float64, and what it keeps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import modeling_fambav.selective_scan as scan_module
+from helpers import gradient_of, random_tensor, scan_inputs, tolerance
+from modeling_fambav import set_selective_scan_backend
+from modeling_fambav.bidirectional_scan import bidirectional_scan, bidirectional_scan_in_parts
+
+GPU = pytest.mark.gpu
+# (batch, tokens, channels, state, rank, taps)
+SMALL = [(1, 1, 16, 1, 1, 1), (2, 2, 33, 3, 2, 4), (1, 33, 40, 4, 3, 3)]
+LARGE = [(3, 13, 192, 16, 6, 4), (2, 197, 64, 16, 12, 4), (1, 1024, 33, 4, 1, 2)]
+CASES = [
+    *(("numba", "cpu", shape) for shape in SMALL + LARGE),
+    *(("triton", "cpu", shape) for shape in SMALL),
+    *(pytest.param("triton", "cuda", shape, marks=GPU) for shape in SMALL + LARGE),
+]
+
+
+@pytest.fixture(autouse=True)
+def restored_backend(monkeypatch):
+    monkeypatch.setattr(scan_module, "_chosen", None)
+
+
+def mixer_inputs(batch_size, num_tokens, channels, state_size, rank, taps, dtype=torch.float32) -> dict[str, Tensor]:
+    """Arguments of `bidirectional_scan`, about as large as in a model; parameters in float32 or wider."""
+    scan = scan_inputs(2, batch_size, num_tokens, channels, state_size, dtype)
+    parameter_dtype = scan["A"].dtype
+
+    def parameter(*shape: int, seed: int, scale: float) -> Tensor:
+        return scale * random_tensor(*shape, seed=seed, dtype=parameter_dtype)
+
+    return {
+        "xz": random_tensor(batch_size, num_tokens, 2 * channels, seed=10, dtype=dtype),
+        "conv_weight": parameter(2, channels, taps, seed=11, scale=0.5),
+        "conv_bias": parameter(2, channels, seed=12, scale=0.1),
+        "x_proj": parameter(2, rank + 2 * state_size, channels, seed=13, scale=channels**-0.5),
+        "dt_proj": parameter(2, channels, rank, seed=14, scale=rank**-0.5),
+        "dt_bias": scan["dt_bias"],
+        "A": scan["A"],
+        "D": scan["D"],
+        "dt_scale": scan["dt_scale"],
+    }
+
+
+def results_of(function, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output and the gradient of every input."""
+    leaves = {name: tensor.detach().requires_grad_(name != "dt_scale") for name, tensor in inputs.items()}
+    out = function(**leaves)
+    out.backward(gradient_of(out))
+    return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend, device, shape", CASES, ids=str)
+def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
+    inputs = {name: tensor.to(device) for name, tensor in mixer_inputs(*shape, dtype=dtype).items()}
+    set_selective_scan_backend("torch")
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    expected = results_of(bidirectional_scan_in_parts, wide)
+    set_selective_scan_backend(backend)
+    results = results_of(bidirectional_scan, inputs)
+    assert results.keys() == expected.keys() == (inputs.keys() | {"out"}) - {"dt_scale"}
+    for name, tensor in results.items():
+        assert tensor.dtype == (dtype if name in ("out", "xz") else torch.float32)
+        scale = expected[name].abs().max().clamp(min=1)  # gradients of parameters are sums over all tokens
+        torch.testing.assert_close(
+            tensor.double() / scale,
+            expected[name] / scale,
+            **tolerance("scan", dtype),
+            msg=lambda msg: f"{name}: {msg}",
+        )
+
+
+def test_without_a_gradient_the_values_are_the_same():
+    inputs = mixer_inputs(2, 13, 33, 4, 2, 4)
+    expected = results_of(bidirectional_scan, inputs)["out"]
+    with torch.no_grad():
+        assert torch.equal(bidirectional_scan(**inputs), expected)
+
+
+def test_a_frozen_input_gets_no_gradient():
+    inputs = mixer_inputs(1, 5, 16, 2, 1, 3)
+    expected = results_of(bidirectional_scan, inputs)
+    inputs["x_proj"].requires_grad_()
+    out = bidirectional_scan(**inputs)
+    out.backward(gradient_of(out))
+    assert torch.equal(inputs["x_proj"].grad, expected["x_proj"])
+    assert all(tensor.grad is None for name, tensor in inputs.items() if name != "x_proj")
+
+
+def test_keeps_less_than_separate_operators_for_the_backward_pass():
+    inputs = mixer_inputs(2, 197, 384, 16, 12, 4)
+
+    def kept_bytes(function) -> int:
+        kept = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        leaves = {name: tensor.detach().requires_grad_(name != "dt_scale") for name, tensor in inputs.items()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = function(**leaves)  # its graph holds what is kept
+        assert out.requires_grad
+        return sum(kept.values())
+
+    assert kept_bytes(bidirectional_scan) < 0.5 * kept_bytes(bidirectional_scan_in_parts)
+
+
+@pytest.mark.parametrize("has_scale", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, has_scale):
+    inputs = mixer_inputs(2, 5, 20, 3, 2, 4, dtype=dtype)
+    inputs["x_proj"], inputs["dt_proj"] = inputs["x_proj"].to(dtype), inputs["dt_proj"].to(dtype)
+    leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
+    if not has_scale:
+        leaves[-1] = None
+    torch.library.opcheck(torch.ops.fambav.bidirectional_scan.default, (*leaves, True, "numba"))
+
+
+def test_compiled_equals_eager():
+    inputs = mixer_inputs(2, 13, 32, 4, 2, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(bidirectional_scan, fullgraph=True, backend="aot_eager")
+    results, expected = results_of(compiled, inputs), results_of(bidirectional_scan, inputs)
+    for name, tensor in results.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_computes_matrix_products_in_its_dtype():
+    # The output of in_proj is already in bfloat16 there; the parameters are not.
+    inputs = mixer_inputs(2, 13, 32, 4, 2, 4, dtype=torch.bfloat16)
+    expected = results_of(bidirectional_scan, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = results_of(bidirectional_scan, inputs)
+    for name, tensor in results.items():
+        assert torch.equal(tensor, expected[name])
