@@ -27,11 +27,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from memory import keep_freed_memory
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, set_selective_scan_backend
+from modeling_fambav.selective_scan import selective_scan
 from provenance import environment
 from tables import markdown_table
 
 _WIDTHS = {"ti": 192, "s": 384}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL_R = "Ti geometry, upper, few tokens removed per layer"  # the table that asks when fusion begins to pay
 # The paper's budgets at 224 px; other image sizes remove the same share of their tokens.
 _PAPER_TOKENS = {"none": 9, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
 
@@ -168,6 +170,72 @@ def measure(cases: list[Case], device: torch.device, rounds: int, train: bool, w
     return records
 
 
+class Floor:
+    """The matrix products and the scan kernels of an unfused forward pass, and nothing else, on random numbers."""
+
+    def __init__(self, case: Case, device: torch.device):
+        config = case.config()
+        rank, state_size, channels = config.time_step_rank, config.state_size, config.intermediate_size
+        self.num_layers = config.num_hidden_layers
+        per_token = (2, case.batch_size, config.num_patches + 1)
+        num_tokens = case.batch_size * (config.num_patches + 1)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device)
+
+        self.projections = [
+            (random(num_tokens, config.hidden_size), random(config.hidden_size, 2 * channels)),
+            (random(2, num_tokens, channels), random(2, channels, rank + 2 * state_size)),
+            (random(2, num_tokens, rank), random(2, rank, channels)),
+            (random(num_tokens, channels), random(channels, config.hidden_size)),
+        ]
+        self.scan = [
+            random(*per_token, channels),
+            random(*per_token, channels),
+            -torch.rand(2, channels, state_size, device=device),
+            random(*per_token, state_size),
+            random(*per_token, state_size),
+            random(2, channels),
+            random(*per_token[1:], channels),
+            random(2, channels),
+        ]
+
+    @torch.inference_mode()
+    def products(self) -> None:
+        for _ in range(self.num_layers):
+            for left, right in self.projections:
+                torch.matmul(left, right)
+
+    @torch.inference_mode()
+    def scans(self) -> None:
+        for _ in range(self.num_layers):
+            selective_scan(*self.scan)
+
+
+def measure_floor(device: torch.device, rounds: int) -> dict[str, float]:
+    """Seconds of a forward pass without fusion, of its matrix products alone and of its scans alone."""
+    case = Case("famba-v")
+    subject, floor = Subject(case, device), Floor(case, device)
+    functions = {"forward": subject.forward, "matrix products": floor.products, "scans": floor.scans}
+    seconds = {name: [] for name in functions}
+    for round_number in range(rounds + 1):
+        for name, function in functions.items():
+            value = subject.seconds(function, 0.2)
+            if round_number > 0:  # the first one warms up
+                seconds[name].append(value)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def floor_sentence(seconds: dict[str, float]) -> str:
+    """One line on a result of `measure_floor`."""
+    floor = seconds["matrix products"] + seconds["scans"]
+    return (
+        f"Forward pass without fusion {1e3 * seconds['forward']:.1f} ms, its matrix products alone "
+        f"{1e3 * seconds['matrix products']:.1f} ms, its scans alone {1e3 * seconds['scans']:.1f} ms: "
+        f"{seconds['forward'] / floor:.2f} times the two."
+    )
+
+
 def _peak_bytes(subject: Subject) -> int:
     """Memory that a training step needs at its peak, beside what was there before the model."""
     if subject.device.type == "cuda":
@@ -218,7 +286,7 @@ def cpu_suite() -> dict[str, list[Case]]:
         suite[f"Ti geometry, 224 px, batch {batch_size}"] = _trio(batch_size=batch_size)
     for image_size in (384, 512, 768, 1024):
         suite[f"Ti geometry, {image_size} px, batch 1"] = _trio(image_size=image_size, batch_size=1)
-    suite["Ti geometry, upper, tokens removed per layer"] = [
+    suite[SMALL_R] = [
         Case("famba-v"),
         *(Case("famba-v", strategy="upper", fusion_tokens=r) for r in range(1, 10)),
     ]
@@ -279,6 +347,16 @@ def table(records: list[dict]) -> str:
             row["saved of none (forward, step; limit)"] = _savings(record, unfused)
         rows.append(row)
     return markdown_table(rows)
+
+
+def break_even(records: list[dict]) -> str:
+    """The smallest number of removed tokens that is faster than none, of a table over r."""
+    unfused = next(record for record in records if record["strategy"] == "none")
+    sentences = []
+    for kind, title in (("forward", "forward pass"), ("step", "training step")):
+        faster = [r["fusion_tokens"] for r in records if r[f"{kind}_seconds"] < unfused[f"{kind}_seconds"]]
+        sentences.append(f"{title} from r = {min(faster)}" if faster else f"{title} for none of these")
+    return f"Fusion is faster than none: {', '.join(sentences)}."
 
 
 def _savings(record: dict, unfused: dict) -> str:
@@ -348,15 +426,26 @@ def main() -> None:
     report = {"environment": environment(Accelerator(cpu=device.type == "cpu")), "rounds": args.rounds, "results": {}}
     text = [f"Measured on {report['environment']['device']}, torch {torch.__version__}.\n"]
     for title, cases in _SUITES[args.suite]().items():
-        # A table over small r only asks when fusion begins to pay, a matter of time.
-        records = measure(cases, device, args.rounds, train=True, with_memory="per layer" not in title)
+        records = measure(cases, device, args.rounds, train=True, with_memory=title != SMALL_R)
         report["results"][title] = records
-        text += [f"### {title}\n", table(records), ""]
-        print("\n".join(text[-3:]), flush=True)
+        section = [f"### {title}\n", table(records), ""]
+        if title == SMALL_R:
+            section += [break_even(records), ""]
+        text += section
+        print("\n".join(section), flush=True)
         # After every table, so that an interrupted run keeps what it measured.
-        (args.output_dir / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
-        (args.output_dir / "benchmark.md").write_text("\n".join(text))
+        _write(report, text, args.output_dir)
+    if device.type == "cpu":
+        report["floor"] = measure_floor(device, args.rounds)
+        text += [floor_sentence(report["floor"]), ""]
+        print(text[-2])
+        _write(report, text, args.output_dir)
     plot(report["results"], args.output_dir / "benchmark.png")
+
+
+def _write(report: dict, text: list[str], folder: Path) -> None:
+    (folder / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "benchmark.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":
