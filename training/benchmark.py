@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from memory import keep_freed_memory
+from memory import give_back_freed_memory, keep_freed_memory
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, set_selective_scan_backend
 from modeling_fambav.selective_scan import selective_scan
 from provenance import environment
@@ -256,6 +256,7 @@ def _print_peak(case: Case) -> None:
     warm = Subject(dataclasses.replace(case, batch_size=1), torch.device("cpu"))
     warm.step()  # compiled kernels and libraries are not part of a step's memory
     del warm
+    give_back_freed_memory()
     keep_freed_memory()
     before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
