@@ -9,7 +9,7 @@ down, so results do not depend on the machine's vector width or on the number of
 
 `rows` is a matrix as the pair (address, bytes from row to row), so that no kernel depends on a memory layout.
 Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
-(an int64), fetch_add, full, maximum, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
+(an int64), fetch_add, full, maximum, where_greater, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
 """
 
 import operator
@@ -147,6 +147,17 @@ def maximum(typing_context, left, right):
         return builder.select(builder.fcmp_ordered("<", left, right), right, left)
 
     return _vector(_vector, _vector), generate
+
+
+@intrinsic
+def where_greater(typing_context, left, right, if_greater, otherwise):
+    """Lanes of `if_greater` where `left > right`, of `otherwise` elsewhere, also where one of the two is NaN."""
+
+    def generate(context, builder, signature, args):
+        left, right, if_greater, otherwise = args
+        return builder.select(builder.fcmp_ordered(">", left, right), if_greater, otherwise)
+
+    return _vector(_vector, _vector, _vector, _vector), generate
 
 
 @intrinsic

@@ -1,18 +1,30 @@
 """CPU kernels of token fusion, compiled by numba at first use: the same results as `token_fusion.py` in two calls.
 
 Matching and merging are a few dozen small operations, each of which costs more to start than to run. A task is one
-image. Names are those of `token_fusion.py`.
+image, unless said otherwise. Names are those of `token_fusion.py`.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_jobs import inlined, kernel, launch, next_task, open_job, rows, sizes
-from .numba_vectors import LANES, full, load, load_index, load_scalar, store, store_index, store_scalar
+from .numba_jobs import inlined, kernel, launch, next_task, open_job, rows, scratch, sizes
+from .numba_vectors import (
+    LANES,
+    full,
+    load,
+    load_index,
+    load_scalar,
+    store,
+    store_index,
+    store_scalar,
+    where_greater,
+)
 
 _DOT, _COSINE, _EUCLIDEAN = 0, 1, 2
 SIMILARITIES = {"dot": _DOT, "cosine": _COSINE, "euclidean": _EUCLIDEAN}
+# Even tokens of one task when partners are sought
+_EVEN_BLOCK = 64
 # As torch.nn.functional.normalize
 _SMALLEST_NORM = np.float32(1e-12)
 
@@ -30,30 +42,51 @@ def _offset(norm, similarity):
 
 
 @kernel
-def _match(address):
-    """products (B*T_even, T_odd), norms (B, T), class_index (B, 1) -> new_index (B, T)."""
-    job = open_job(address, 4)
-    num_tokens, r, similarity, is_appended, _ = sizes(job)
-    products, norms, class_index, new_index = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3)
+def _find_partners(address):
+    """products (B*T_even, T_odd), norms (B, T), class_index (B, 1) -> worst, partner (B, T_even).
+
+    `worst` is minus the best score of each even token. A task is one image and one block of even tokens."""
+    job = open_job(address, 5)
+    num_tokens, similarity = sizes(job)[0], sizes(job)[1]
+    products, norms, class_index = rows(job, 0), rows(job, 1), rows(job, 2)
+    worst, partner = rows(job, 3), rows(job, 4)
     num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
-    scales, offsets = np.empty(num_odd, np.float32), np.empty(num_odd, np.float32)
-    worst = np.empty(num_even, np.float32)  # minus the best score of each even token
-    partner = np.empty(num_even, np.int64)
-    is_fused = np.empty(num_even, np.bool_)
+    num_blocks = (num_even + _EVEN_BLOCK - 1) // _EVEN_BLOCK
+    factor_array = np.empty((2, num_odd), np.float32)
+    lane_array = np.empty((3, LANES), np.float32)
+    for lane in range(LANES):
+        lane_array[2, lane] = lane
+    factors, lanes = scratch(factor_array), scratch(lane_array)
     while True:
-        b = next_task(job)
-        if b < 0:
+        task = next_task(job)
+        if task < 0:
             break
+        b, first = task // num_blocks, task % num_blocks * _EVEN_BLOCK
         class_token = load_index(class_index, b, 0)
         for j in range(num_odd):
             norm = load_scalar(norms, b, 2 * j + 1)
-            scales[j], offsets[j] = _scale(norm, similarity), _offset(norm, similarity)
+            factor_array[0, j], factor_array[1, j] = _scale(norm, similarity), _offset(norm, similarity)
             if 2 * j + 1 == class_token:
-                scales[j], offsets[j] = np.float32(0.0), np.float32(-np.inf)
-        for i in range(num_even):
+                factor_array[0, j], factor_array[1, j] = np.float32(0.0), np.float32(-np.inf)
+        for i in range(first, min(first + _EVEN_BLOCK, num_even)):
+            row = b * num_even + i
+            # Each lane looks at every 16th odd token; indices as float32, which is exact up to 2^24
+            best_scores, best_indices = full(np.float32(-np.inf)), load(lanes, 2, 0)
+            vectors = num_odd // LANES * LANES
+            for j in range(0, vectors, LANES):
+                scores = load(products, row, j) * load(factors, 0, j) + load(factors, 1, j)
+                indices = load(lanes, 2, 0) + full(np.float32(j))
+                best_indices = where_greater(scores, best_scores, indices, best_indices)
+                best_scores = where_greater(scores, best_scores, scores, best_scores)
+            store(lanes, 0, 0, best_scores)
+            store(lanes, 1, 0, best_indices)
             best, best_odd = np.float32(-np.inf), 0
-            for j in range(num_odd):
-                score = load_scalar(products, b * num_even + i, j) * scales[j] + offsets[j]
+            for lane in range(LANES):
+                score, j = lane_array[0, lane], int(lane_array[1, lane])
+                if score > best or (score == best and score > np.float32(-np.inf) and j < best_odd):
+                    best, best_odd = score, j
+            for j in range(vectors, num_odd):
+                score = load_scalar(products, row, j) * factor_array[0, j] + factor_array[1, j]
                 if score > best:
                     best, best_odd = score, j
             if 2 * best_odd + 1 == class_token:  # nothing was better than minus infinity
@@ -61,8 +94,26 @@ def _match(address):
             norm = load_scalar(norms, b, 2 * i)
             best = best * _scale(norm, similarity) + _offset(norm, similarity)
             # A class token, or a token that is not a number, comes last
-            worst[i] = -best if 2 * i != class_token and best == best else np.float32(np.inf)
-            partner[i] = 2 * best_odd + 1
+            store_scalar(worst, b, i, -best if 2 * i != class_token and best == best else np.float32(np.inf))
+            store_index(partner, b, i, 2 * best_odd + 1)
+
+
+@kernel
+def _choose(address):
+    """worst, partner (B, T_even), class_index (B, 1) -> new_index (B, T). A task is one image."""
+    job = open_job(address, 4)
+    num_tokens, r, is_appended, _, _ = sizes(job)
+    worst_of, partner, class_index, new_index = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3)
+    num_even = (num_tokens + 1) // 2
+    worst = np.empty(num_even, np.float32)
+    is_fused = np.empty(num_even, np.bool_)
+    while True:
+        b = next_task(job)
+        if b < 0:
+            break
+        class_token = load_index(class_index, b, 0)
+        for i in range(num_even):
+            worst[i] = load_scalar(worst_of, b, i)
 
         # The r even tokens with the best scores, the first ones among equals
         is_fused[:] = False
@@ -94,7 +145,7 @@ def _match(address):
                     place += 1
         for i in range(num_even):
             if is_fused[i]:
-                store_index(new_index, b, 2 * i, load_index(new_index, b, partner[i]))
+                store_index(new_index, b, 2 * i, load_index(new_index, b, load_index(partner, b, i)))
 
 
 @inlined
@@ -171,8 +222,16 @@ def match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similari
     batch_size, num_tokens = norms.shape
     new_index = torch.empty(batch_size, num_tokens, dtype=torch.int64)
     products = products.float().contiguous().flatten(0, 1)
-    inputs = [products, norms.float().contiguous(), class_index.contiguous(), new_index]
-    launch(_match, batch_size, (num_tokens, r, SIMILARITIES[similarity], order == "appended"), inputs)
+    class_index = class_index.contiguous()
+    num_even = (num_tokens + 1) // 2
+    worst, partner = torch.empty(batch_size, num_even), torch.empty(batch_size, num_even, dtype=torch.int64)
+    launch(
+        _find_partners,
+        batch_size * -(-num_even // _EVEN_BLOCK),
+        (num_tokens, SIMILARITIES[similarity]),
+        [products, norms.float().contiguous(), class_index, worst, partner],
+    )
+    launch(_choose, batch_size, (num_tokens, r, order == "appended"), [worst, partner, class_index, new_index])
     return new_index
 
 

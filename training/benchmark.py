@@ -11,11 +11,12 @@ and what torch allocated at most on a GPU. Writes benchmark.json, benchmark.md a
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -390,23 +391,36 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(quantities), figsize=(13, 4))
     for axis, (name, (title, unit)) in zip(axes, quantities.items()):
         for (label, belongs), color in zip(lines.items(), ("tab:blue", "tab:gray", "tab:orange")):
-            per_image = {}
-            for record in filter(belongs, records):
-                if name in record and record["backend"] in (None, "triton") and record["compile_mode"] is None:
-                    tokens = (record["image_size"] // 16) ** 2 + 1
-                    value = record[name] / record["batch_size"] * unit
-                    per_image[tokens] = min(value, per_image.get(tokens, value))
-                    if label.endswith("no fusion"):
-                        share = dataclasses.replace(Case("famba-v", strategy="upper"), image_size=record["image_size"])
-                        per_image_limit = value * share.mean_tokens() / record["mean_tokens"]
-                        axis.plot(tokens, per_image_limit, "_", color="tab:red", markersize=14)
-            axis.plot(*zip(*sorted(per_image.items())), "o-", color=color, label=label)
-        axis.plot([], [], "_", color="tab:red", markersize=14, label="limit of upper by its token count")
+            points = _per_image(filter(belongs, records), name, unit)
+            axis.plot(*zip(*sorted(points.items())), "o-", color=color, label=label)
+            if label.endswith("no fusion"):
+                limits = {tokens: value * _token_share(tokens) for tokens, value in points.items()}
+        limit_label = "limit of upper by its token count"
+        axis.plot(*zip(*limits.items()), "_", color="tab:red", markersize=14, label=limit_label)
         axis.set(xscale="log", yscale="log", xlabel="tokens of an image", title=title)
+        axis.set_xticks(sorted(points), labels=sorted(points))
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def _per_image(records: Iterable[dict], name: str, unit: float) -> dict[int, float]:
+    """A quantity per image over the tokens of an image; of several batch sizes, the one that needs least."""
+    points = {}
+    for record in records:
+        if name in record and record["backend"] in (None, "triton") and record["compile_mode"] is None:
+            tokens = (record["image_size"] // 16) ** 2 + 1
+            value = record[name] / record["batch_size"] * unit
+            points[tokens] = min(value, points.get(tokens, value))
+    return points
+
+
+def _token_share(num_tokens: int) -> float:
+    """Share of the tokens that upper fusion leaves, over all layers."""
+    image_size = 16 * math.isqrt(num_tokens - 1)
+    return Case("famba-v", strategy="upper", image_size=image_size).mean_tokens() / num_tokens
 
 
 def main() -> None:
