@@ -1,19 +1,21 @@
-"""Image datasets: loading, finding the columns, and images as uint8 tensors at the size of the model.
-
-Decoding and resizing are done by the image processor that is saved with the model, so that `pipeline` later sees what
-training saw. Rescaling and normalising wait until the batch is on its device (`normalize`).
-"""
+"""Image datasets: loading them, and finding their splits, images and labels."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
 from datasets import Image as ImageFeature
 from PIL import Image
-from torch import Tensor
-from transformers.image_processing_utils import BaseImageProcessor
 
 DIGITS = "digits"
 _VALIDATION_SHARE = 0.2
@@ -25,10 +27,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """The splits of a dataset and what their columns mean."""
+    """The splits of a dataset and what their columns mean. Streams have the type `IterableDataset`."""
 
-    train: Dataset
-    validation: Dataset
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset
     image_column: str
     label_column: str
     label_names: list[str]
@@ -41,41 +43,52 @@ def load_labeled_images(
     train_split: str = "train",
     validation_split: str | None = None,
     seed: int = 0,
+    streaming: bool = False,
 ) -> LabeledImages:
     """Load a dataset and find its images and labels.
 
     Args:
         dataset_name: `"digits"`, a local folder in any layout that `load_dataset` reads, or a Hub id.
-        image_column, label_column: names of the columns; found by their types if not given.
+        image_column: name of the column with images; found by its type if not given.
+        label_column: name of the column with labels, class labels, integers or text; if not given, the first of type
+            ClassLabel, or else one that is called `label`.
         train_split: name of the split to train on.
         validation_split: name of the split to score. If not given, a fifth of the training split is set aside, so
             that choices are not made on a test split.
         seed: of that division.
+        streaming: read rows while iterating, instead of the whole dataset first.
 
     Raises:
-        DataError: if the dataset, a split or a column is missing or of the wrong type.
+        DataError: if the dataset, a split or a column is missing or of the wrong type, or a label has no name.
     """
-    splits = _digits() if dataset_name == DIGITS else _load(dataset_name)
+    splits = _digits() if dataset_name == DIGITS else _load(dataset_name, streaming)
     for flag, name in (("train_split", train_split), ("validation_split", validation_split)):
         if name is not None and name not in splits:
             raise DataError(f"--{flag} {name!r}: expected one of {sorted(splits)}, the splits of {dataset_name!r}")
     train = splits[train_split]
-    image_column = _find_column(train, "image_column_name", image_column, ImageFeature)
-    label_column = _find_column(train, "label_column_name", label_column, ClassLabel)
-    if validation_split is None:
+    if train.features is None:
+        raise DataError(f"--streaming: {dataset_name!r} does not say which columns it has")
+    image_column = _find_image_column(train, image_column)
+    label_column = _find_label_column(train, label_column)
+    validation = None if validation_split is None else splits[validation_split]
+    train, validation = _with_class_labels(train, validation, label_column)
+    names = train.features[label_column].names
+    if not streaming:
+        _check_labels(train, label_column, train_split, len(names))
+    if validation is None:
         try:
             parts = train.train_test_split(_VALIDATION_SHARE, seed=seed, stratify_by_column=label_column)
         except ValueError as error:
             raise DataError(f"too few images to set some aside, give --validation_split: {error}") from error
         train, validation = parts["train"], parts["test"]
-    else:
-        validation = splits[validation_split]
-    return LabeledImages(train, validation, image_column, label_column, train.features[label_column].names)
+    elif not streaming:
+        _check_labels(validation, label_column, validation_split, len(names))
+    return LabeledImages(train, validation, image_column, label_column, names)
 
 
-def _load(dataset_name: str) -> DatasetDict:
+def _load(dataset_name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
     try:
-        return load_dataset(dataset_name)
+        return load_dataset(dataset_name, streaming=streaming)
     except Exception as error:  # load_dataset raises whatever its many readers raise
         kind = "local folder" if Path(dataset_name).exists() else "Hub id (or a local folder that does not exist)"
         raise DataError(f"--dataset_name {dataset_name}: this {kind} cannot be loaded: {error}") from error
@@ -92,48 +105,69 @@ def _digits() -> DatasetDict:
     return DatasetDict(train=Dataset.from_dict(rows, features=features))
 
 
-def _find_column(dataset: Dataset, flag: str, name: str | None, feature_type: type) -> str:
-    candidates = [column for column, feature in dataset.features.items() if isinstance(feature, feature_type)]
-    columns = {column: type(feature).__name__ for column, feature in dataset.features.items()}
-    if name is None:
-        if not candidates:
-            raise DataError(f"--{flag}: no column of type {feature_type.__name__} among {columns}")
+def _find_image_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
+    candidates = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    if name is None and candidates:
         return candidates[0]
     if name not in candidates:
         raise DataError(
-            f"--{flag} {name}: expected a column of type {feature_type.__name__}, the columns are {columns}"
+            f"--image_column_name {name}: expected a column of type Image, the columns are {_columns(dataset)}"
         )
     return name
 
 
-class ImageTensors(torch.utils.data.Dataset):
-    """Images of a dataset as uint8 tensors, decoded once and kept in memory.
-
-    An item is `(pixels (C, H, W) uint8, label)`; a list of indices gives a whole batch at once.
-    """
-
-    def __init__(self, dataset: Dataset, image_column: str, label_column: str, processor: BaseImageProcessor):
-        self.labels = torch.tensor(dataset[label_column][:])
-        self.pixels = torch.stack([to_pixels(image, processor) for image in dataset[image_column]])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.pixels[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.pixels[indices], self.labels[indices]
+def _find_label_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
+    features = dataset.features
+    if name is None:
+        class_labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+        name = next(iter([*class_labels, *(column for column in ("label", "labels") if column in features)]), None)
+    feature = features.get(name)
+    is_value = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "string")
+    if not isinstance(feature, ClassLabel) and not is_value:
+        raise DataError(
+            f"--label_column_name {name}: expected a column of class labels, integers or text, "
+            f"the columns are {_columns(dataset)}"
+        )
+    return name
 
 
-def to_pixels(image: Image.Image, processor: BaseImageProcessor) -> Tensor:
-    """Convert to RGB and resize as the processor does: uint8 (C, H, W)."""
-    batch = processor(image.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="pt")
-    return batch["pixel_values"][0].round().clamp(0, 255).to(torch.uint8)
+def _columns(dataset: Dataset | IterableDataset) -> dict[str, str]:
+    return {column: type(feature).__name__ for column, feature in dataset.features.items()}
 
 
-def normalize(pixels: Tensor, processor: BaseImageProcessor) -> Tensor:
-    """Rescale and normalise a batch of uint8 pixels as the processor does: float32, same shape."""
-    mean = pixels.new_tensor(processor.image_mean, dtype=torch.float32).view(-1, 1, 1)
-    std = pixels.new_tensor(processor.image_std, dtype=torch.float32).view(-1, 1, 1)
-    return (pixels * processor.rescale_factor - mean) / std
+def _with_class_labels(train, validation, label_column: str):
+    """Both splits with a ClassLabel column, named by the values of the training split."""
+    if isinstance(train.features[label_column], ClassLabel):
+        return train, validation
+    if isinstance(train, IterableDataset):
+        raise DataError(f"--label_column_name {label_column}: expected a column of class labels in a stream")
+    names = [str(value) for value in sorted(train.unique(label_column))]
+    index_of = {name: index for index, name in enumerate(names)}
+    label = ClassLabel(names=names)
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        unknown = {str(value) for value in rows[label_column]} - index_of.keys()
+        if unknown:
+            raise DataError(
+                f"label {sorted(unknown)[0]!r} of the validation split: expected one of the training split"
+            )
+        return {label_column: [index_of[str(value)] for value in rows[label_column]]}
+
+    def encoded(dataset: Dataset) -> Dataset:
+        features = Features({**dataset.features, label_column: label})
+        return dataset.map(encode, batched=True, input_columns=None, features=features, desc="labels")
+
+    return encoded(train), None if validation is None else encoded(validation)
+
+
+def _check_labels(dataset: Dataset, label_column: str, split: str, num_labels: int) -> None:
+    """Labels outside the names, such as the -1 of test splits without labels, would train on nonsense."""
+    labels = np.asarray(dataset.with_format("numpy")[label_column][:])
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_labels) | (labels != labels))
+    if len(labels) == 0:
+        raise DataError(f"split {split!r} has no image")
+    if len(wrong):
+        raise DataError(
+            f"label {labels[wrong[0]]} of image {wrong[0]} in split {split!r}: expected 0 to {num_labels - 1} "
+            f"({len(wrong)} such images)"
+        )

@@ -1,31 +1,57 @@
-"""Scoring a classifier on a data loader."""
+"""Top-k accuracy as an `evaluate` metric that needs no network, and scoring a classifier with it."""
 
+import datasets
+import evaluate as evaluate_library
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.image_processing_utils import BaseImageProcessor
 
-from data import normalize
+from pixels import normalize
+
+_MAX_K = 5
+
+
+class TopKAccuracy(evaluate_library.Metric):
+    """Share of images, in percent, whose class is among the k that a model finds most likely.
+
+    Predictions are classes from the most to the least likely; with fewer classes than k, all of them count.
+    """
+
+    def _info(self) -> evaluate_library.MetricInfo:
+        features = {
+            "predictions": datasets.Sequence(datasets.Value("int64")),
+            "references": datasets.Value("int64"),
+        }
+        return evaluate_library.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: list of ranked classes; references: class; k: list of k",
+            features=datasets.Features(features),
+        )
+
+    def _compute(
+        self, predictions: list[list[int]], references: list[int], k: tuple[int, ...] = (1, _MAX_K)
+    ) -> dict[str, float]:
+        hits = torch.tensor(predictions) == torch.tensor(references).unsqueeze(-1)
+        return {f"top{one_k}": 100 * hits[:, :one_k].any(dim=-1).double().mean().item() for one_k in k}
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader: DataLoader, processor: BaseImageProcessor, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, over all processes; with fewer than five classes, top-5 is top-all."""
+    """Top-1 and top-5 accuracy in percent, over all processes."""
     was_training = model.training
     model.eval()
-    correct = torch.zeros(2, dtype=torch.long, device=accelerator.device)
-    num_images = 0
+    metric = TopKAccuracy(keep_in_memory=True)
     for pixels, labels in loader:
         with accelerator.autocast():
             logits = model(pixel_values=normalize(pixels, processor)).logits
-        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-        # Without the repeated samples that fill up the last batch of a distributed loader.
-        hits = accelerator.gather_for_metrics(ranked == labels.unsqueeze(-1))
-        correct += torch.stack((hits[:, 0].sum(), hits.any(dim=-1).sum()))
-        num_images += len(hits)
+        ranked = logits.topk(min(_MAX_K, logits.shape[-1]), dim=-1).indices
+        # Without the repeated samples that fill up the last batch of a distributed loader
+        ranked, labels = accelerator.gather_for_metrics((ranked, labels))
+        metric.add_batch(predictions=ranked.cpu(), references=labels.cpu())
     model.train(was_training)
-    top1, top5 = (100 * correct / num_images).tolist()
-    return {"top1": top1, "top5": top5}
+    return metric.compute()

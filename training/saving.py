@@ -12,7 +12,12 @@ from typing import Any
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
+from checkpointing import FOLDER as CHECKPOINTS
+from checkpointing import list_checkpoints
+from metrics_log import FILE as METRICS_FILE
 from model_card import create_card
+
+RESULTS_FILE = "all_results.json"
 
 
 @contextlib.contextmanager
@@ -47,17 +52,41 @@ def _replace(path: Path, new: Path) -> None:
     shutil.rmtree(old)
 
 
-def check_output_folder(path: Path) -> None:
-    """Refuse a folder that a run could not replace without destroying something else.
+@contextlib.contextmanager
+def release_files(folder: Path) -> Iterator[Path]:
+    """Yield a new folder inside `folder`, and move its files up when the block ends well.
+
+    `all_results.json` comes last: a folder with it holds a whole release. If the block fails, all is as before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".release.", dir=folder))
+    try:
+        yield staging
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == RESULTS_FILE):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output_folder(path: Path, is_resumed: bool = False) -> None:
+    """Refuse a folder in which a run would destroy something.
 
     Raises:
-        ValueError: if `path` is neither new, nor empty, nor the folder of an earlier run, or cannot be written.
+        ValueError: if `path` is neither new, nor empty, nor the folder of an earlier run, or holds checkpoints of a
+            run that is not resumed, or cannot be written.
     """
     if any(parent.is_file() for parent in (path, *path.parents)):
         raise ValueError(f"--output_dir {path}: expected a folder, this is a file")
-    if path.exists() and any(path.iterdir()) and not (path / "all_results.json").exists():
-        raise ValueError(f"--output_dir {path}: expected a folder that is new, empty or of an earlier run")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.exists() and any(path.iterdir()):
+        if not any((path / name).exists() for name in (RESULTS_FILE, CHECKPOINTS, METRICS_FILE)):
+            raise ValueError(f"--output_dir {path}: expected a folder that is new, empty or of an earlier run")
+        if list_checkpoints(path) and not is_resumed:
+            raise ValueError(
+                f"--output_dir {path}: holds checkpoints of an earlier run; give --resume_from_checkpoint latest to go "
+                "on with it, or another folder"
+            )
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     try:
         Path(tempfile.mkdtemp(dir=existing)).rmdir()
     except OSError as error:
@@ -68,5 +97,5 @@ def save_release(folder: Path, model: PreTrainedModel, processor: BaseImageProce
     """Write what a user needs to load and to judge a model: weights, code, processor, results and card."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "all_results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     create_card(model.config, results).save(folder / "README.md")

@@ -3,99 +3,40 @@
     accelerate launch training/train.py --config training/configs/quickstart.yaml
 
 Leaves in `--output_dir` a folder that `from_pretrained` and `pipeline` load, with its code, its measured results and
-a model card.
+a model card. A run that is stopped, by whatever, goes on with `--resume_from_checkpoint latest`.
 """
 
 import dataclasses
-import json
-import math
 import os
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from datasets.distributed import split_dataset_by_node
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, get_scheduler
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from arguments import parse_arguments
-from data import ImageTensors, LabeledImages, load_labeled_images, normalize
+from checkpointing import find_checkpoint
+from data import LabeledImages, load_labeled_images
+from interruption import Interrupted, Interruption
 from memory import keep_freed_memory
-from metrics import evaluate
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
-from modeling_fambav.selective_scan import uses_cpu_kernels
-from optimization import create_optimizer, create_weight_average
+from pixels import CachedImages, DecodedImages, StreamedImages
 from provenance import environment, peak_memory_bytes
-from saving import atomic_folder, check_output_folder, save_release
+from publish import prepare_repository, publish_folder
+from saving import check_output_folder, release_files, save_release
+from trainer import Trainer
+from training_arguments import TrainingArguments, binding_arguments
 
-# Those that need nothing but the numbers of warm-up steps and of all steps
-_SCHEDULES = ["cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup"]
-
-
-def _flag(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclass
-class TrainingArguments:
-    """Flags of this script, beside one for every field of `FambaVConfig`."""
-
-    dataset_name: str = _flag("digits", "Hub id, local folder that load_dataset reads, or 'digits' (built in)")
-    image_column_name: str | None = _flag(None, "column with the images; found by its type if not given")
-    label_column_name: str | None = _flag(None, "column with the labels; the first of type ClassLabel if not given")
-    train_split: str = _flag("train", "split to train on")
-    validation_split: str | None = _flag(None, "split to score; if not given, 20% of the training split is set aside")
-    max_train_samples: int | None = _flag(None, "use only this many training images")
-    max_eval_samples: int | None = _flag(None, "use only this many validation images")
-    output_dir: Path = _flag(Path("outputs/run"), "folder for the trained model and its results")
-    model_name_or_path: str | None = _flag(None, "start from this checkpoint; a new classifier if the labels differ")
-    num_train_epochs: int = _flag(300, "passes over the training images")
-    max_train_steps: int | None = _flag(None, "optimizer steps; overrides num_train_epochs")
-    per_device_train_batch_size: int = _flag(128, "images per process and step")
-    per_device_eval_batch_size: int = _flag(128, "images per process in evaluation")
-    gradient_accumulation_steps: int = _flag(1, "batches per optimizer step")
-    learning_rate: float = _flag(1e-3, "peak learning rate")
-    weight_decay: float = _flag(0.1, "not applied to norms, biases, A_log, D, class token and positions")
-    lr_scheduler_type: str = _flag("cosine", "schedule of the learning rate, a name that transformers knows")
-    warmup_ratio: float = _flag(0.02, "share of the steps in which the learning rate rises linearly")
-    label_smoothing: float = _flag(0.1, "share of the target spread over all classes")
-    ema_decay: float = _flag(0.9999, "decay of the exponential moving average of the weights")
-    seed: int = _flag(0, "seed of weights, data order and validation split")
-    mixed_precision: str | None = _flag(None, "no, fp16 or bf16; accelerate's own setting if not given")
-    cpu: bool = _flag(False, "train on the CPU even if there is an accelerator")
-
-    def __post_init__(self):
-        minimums = {
-            "num_train_epochs": 1,
-            "max_train_steps": 1,
-            "max_train_samples": 1,
-            "max_eval_samples": 1,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 0.0,
-            "weight_decay": 0.0,
-        }
-        for name, minimum in minimums.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= minimum):
-                raise ValueError(f"--{name} {value}: expected a number >= {minimum}")
-        for name in ("warmup_ratio", "label_smoothing", "ema_decay"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1)")
-        if self.lr_scheduler_type not in _SCHEDULES:
-            raise ValueError(f"--lr_scheduler_type {self.lr_scheduler_type}: expected one of {_SCHEDULES}")
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
-            raise ValueError(f"--mixed_precision {self.mixed_precision}: expected no, fp16 or bf16")
+# Images of a stream among which the next one is drawn
+_SHUFFLE_BUFFER = 10_000
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -141,18 +82,29 @@ def create_model(
 
 
 def create_loaders(
-    args: TrainingArguments, images: LabeledImages, processor: BaseImageProcessor
+    args: TrainingArguments, images: LabeledImages, processor: BaseImageProcessor, accelerator: Accelerator
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of uint8 pixels and labels, for training and for scoring."""
+    if args.streaming:
+        return _stream(args, images, processor, accelerator)
 
     def loader(dataset, max_samples, batch_size, is_training):
         if max_samples is not None:
             # Shuffled, because datasets are often sorted by class
             dataset = dataset.shuffle(seed=args.seed).select(range(min(max_samples, len(dataset))))
-        tensors = ImageTensors(dataset, images.image_column, images.label_column, processor)
-        # A batch already comes whole from the dataset, so there is nothing to collate.
+        source = dataset, images.image_column, images.label_column, processor, args.max_corrupt_images
+        pixel_bytes = len(dataset) * 3 * processor.size["height"] * processor.size["width"]
+        is_cached = pixel_bytes <= args.max_cached_mib * 2**20
+        workers = 0 if is_cached else args.dataloader_num_workers
         return DataLoader(
-            tensors, batch_size, shuffle=is_training, drop_last=is_training, collate_fn=lambda batch: batch
+            CachedImages(*source) if is_cached else DecodedImages(*source),
+            batch_size,
+            shuffle=is_training,
+            drop_last=is_training,
+            collate_fn=_whole_batch,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=not is_cached and accelerator.device.type == "cuda",
         )
 
     train = loader(images.train, args.max_train_samples, args.per_device_train_batch_size, True)
@@ -160,100 +112,72 @@ def create_loaders(
     return train, validation
 
 
-class Trainer:
-    """Model, optimizer, schedule and weight average of one run, and the loop over them."""
+def _whole_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The datasets give whole batches, so there is nothing to collate."""
+    return batch
 
-    def __init__(
-        self,
-        args: TrainingArguments,
-        accelerator: Accelerator,
-        model: FambaVForImageClassification,
-        processor: BaseImageProcessor,
-        train_loader: DataLoader,
-    ):
-        self.args, self.accelerator, self.processor = args, accelerator, processor
-        self.loss_function = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
-        self.model, self.optimizer, self.train_loader = accelerator.prepare(model, optimizer, train_loader)
-        if len(self.train_loader) == 0:
-            raise ValueError(
-                f"--per_device_train_batch_size {args.per_device_train_batch_size}: expected at most "
-                f"{len(train_loader.dataset)} training images over {accelerator.num_processes} process(es)"
-            )
-        self.weight_average = create_weight_average(accelerator.unwrap_model(self.model), args.ema_decay)
 
-        steps_per_epoch = math.ceil(len(self.train_loader) / args.gradient_accumulation_steps)
-        self.num_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-        self.num_epochs = math.ceil(self.num_steps / steps_per_epoch)
-        # Not prepared: accelerate steps a prepared schedule once per process; this one counts optimizer steps.
-        self.schedule = get_scheduler(
-            args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
+def _stream(
+    args: TrainingArguments, images: LabeledImages, processor: BaseImageProcessor, accelerator: Accelerator
+) -> tuple[DataLoader, DataLoader]:
+    train, validation = images.train, images.validation
+    if args.max_train_samples is not None:
+        train = train.take(args.max_train_samples)
+    if args.max_eval_samples is not None:
+        validation = validation.take(args.max_eval_samples)
+    train = train.shuffle(seed=args.seed, buffer_size=_SHUFFLE_BUFFER)
+    train = split_dataset_by_node(train, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    columns = images.image_column, images.label_column, processor, args.max_corrupt_images
+    train_loader = DataLoader(
+        StreamedImages(train, *columns),
+        args.per_device_train_batch_size,
+        drop_last=True,
+        num_workers=min(args.dataloader_num_workers, train.num_shards),
+    )
+    return train_loader, DataLoader(StreamedImages(validation, *columns), args.per_device_eval_batch_size)
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ValueError: if there is none, or not the one that is asked for.
+    """
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if args.with_tracking and (not available or args.report_to not in ("all", *available)):
+        raise ValueError(
+            f"--report_to {args.report_to}: not installed; installed are {available}, try `pip install tensorboard`"
         )
-        self.step = 0
-        self.progress = tqdm(total=self.num_steps, desc="training", disable=not accelerator.is_local_main_process)
-
-    def compile_kernels(self) -> None:
-        """Compile the CPU kernels by one small step, so that this is no part of the time and memory of training."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not uses_cpu_kernels(next(model.parameters())):
-            return
-        config = model.config
-        with torch.random.fork_rng():
-            model.train()
-            model(torch.zeros(1, config.num_channels, *config.image_height_width)).logits.sum().backward()
-        self.optimizer.zero_grad()
-
-    def train_epoch(self) -> dict[str, float]:
-        """One pass over the training images, or what is left of `max_train_steps`. Returns what to log.
-
-        Raises:
-            ValueError: if the loss is not finite.
-        """
-        self.model.train()
-        total_loss = torch.zeros((), device=self.accelerator.device)
-        num_batches = 0
-        for pixels, labels in self.train_loader:
-            if self.step == self.num_steps:
-                break
-            with self.accelerator.accumulate(self.model):
-                with self.accelerator.autocast():
-                    logits = self.model(pixel_values=normalize(pixels, self.processor)).logits
-                    loss = self.loss_function(logits, labels)
-                self.accelerator.backward(loss)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total_loss += loss.detach()
-            num_batches += 1
-            if self.accelerator.sync_gradients:
-                self.schedule.step()
-                self.weight_average.update_parameters(self.accelerator.unwrap_model(self.model))
-                self.step += 1
-                self.progress.update()
-        mean_loss = self.accelerator.reduce(total_loss, "mean").item() / num_batches
-        if not math.isfinite(mean_loss):
-            raise ValueError(
-                f"the loss is {mean_loss} in the epoch that ended with step {self.step}, at learning rate "
-                f"{self.schedule.get_last_lr()[0]:.2g}: lower --learning_rate"
-            )
-        self.progress.set_postfix(loss=f"{mean_loss:.3f}")
-        return {"step": self.step, "train_loss": mean_loss, "learning_rate": self.schedule.get_last_lr()[0]}
 
 
 def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Train, score and save. Returns what is written to `all_results.json`.
+    """Train, score, save and publish. Returns what is written to `all_results.json`.
 
     Raises:
-        ValueError: if an argument, the data or the model's fields do not fit, before any time is spent; or if the
-            loss stops being finite.
+        ValueError: if an argument, the data, the checkpoint, the Hub or the model's fields do not fit, before any time
+            is spent; or if the loss stops being finite.
+        Interrupted: if it was asked to stop, after a checkpoint was saved.
     """
-    check_output_folder(args.output_dir)
+    check_output_folder(args.output_dir, is_resumed=args.resume_from_checkpoint is not None)
+    check_trackers(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         cpu=args.cpu,
+        # The order of the images is a function of seed and epoch
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
     )
     use_all_cores(accelerator)
     set_seed(args.seed)
+    binding = binding_arguments(args, overrides)
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        wanted = args.resume_from_checkpoint, args.output_dir, binding, accelerator.num_processes
+        checkpoint = find_checkpoint(*wanted)
+    if args.push_to_hub and accelerator.is_main_process:
+        repository = prepare_repository(args.hub_model_id or args.output_dir.name, args.hub_private_repo)
     images = load_labeled_images(
         args.dataset_name,
         args.image_column_name,
@@ -261,57 +185,65 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         args.train_split,
         args.validation_split,
         args.seed,
+        args.streaming,
     )
     model, processor = create_model(args, overrides, images.label_names)
     if model.config.num_channels != 3:
         raise ValueError(f"--num_channels {model.config.num_channels}: expected 3, images are converted to RGB")
-    train_loader, validation_loader = create_loaders(args, images, processor)
-    trainer = Trainer(args, accelerator, model, processor, train_loader)
-    validation_loader = accelerator.prepare(validation_loader)
+    loaders = create_loaders(args, images, processor, accelerator)
+    trainer = Trainer(args, binding, accelerator, model, processor, *loaders)
 
     trainer.compile_kernels()
-    start_memory = peak_memory_bytes(accelerator.device)
-    train_seconds, log = 0.0, []
-    for epoch in range(1, trainer.num_epochs + 1):
-        started = time.perf_counter()
-        record = trainer.train_epoch()
-        train_seconds += time.perf_counter() - started
-        log.append({"epoch": epoch, "train_seconds": train_seconds, **record})
-    peak_memory = peak_memory_bytes(accelerator.device)
-    trainer.progress.close()
-
-    # Once, after the last epoch: picking the best of many epochs would be choosing on the split that is reported.
-    scores = evaluate(trainer.model, validation_loader, processor, accelerator)
-    averaged = evaluate(trainer.weight_average.module, validation_loader, processor, accelerator)
-    num_images = trainer.step * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    results = {
-        **scores,
-        "ema_top1": averaged["top1"],
-        "ema_top5": averaged["top5"],
-        "train_loss": log[-1]["train_loss"],
-        "train_seconds": train_seconds,
-        "images_per_second": num_images * accelerator.num_processes / train_seconds,
-        "peak_memory_bytes": peak_memory,
-        "start_memory_bytes": start_memory,
-        "sequence_lengths": model.config.sequence_lengths,
-        "num_parameters": model.num_parameters(),
-        "steps": trainer.step,
-        "epochs": trainer.num_epochs,
-        "seed": args.seed,
-        "scan_backend": selective_scan_backend(next(model.parameters())),
-        "dataset": args.dataset_name,
-        "train_images": len(train_loader.dataset),
-        "validation_images": len(validation_loader.dataset),
-        "arguments": {**dataclasses.asdict(args), "output_dir": str(args.output_dir), **overrides},
-        **environment(accelerator),
-    }
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     if accelerator.is_main_process:
-        with atomic_folder(args.output_dir) as folder:
-            save_release(folder, accelerator.unwrap_model(trainer.model), processor, results)
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if args.with_tracking:
+        accelerator.init_trackers("fambav", config={name: str(value) for name, value in binding.items()})
+    start_memory = peak_memory_bytes(accelerator.device)
+    with Interruption() as interruption:
+        trainer.train(interruption)
+        peak_memory = peak_memory_bytes(accelerator.device)
+        # Once, after the last epoch: picking the best of many epochs would be choosing on the split that is reported.
+        scores = trainer.evaluate()
+        position = trainer.position
+        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        results = {
+            **scores,
+            "train_loss": trainer.last_loss,
+            "train_seconds": position.train_seconds,
+            "images_per_second": position.step * batch_size / position.train_seconds,
+            "peak_memory_bytes": peak_memory,
+            "start_memory_bytes": start_memory,
+            "sequence_lengths": model.config.sequence_lengths,
+            "num_parameters": model.num_parameters(),
+            "steps": position.step,
+            "epochs": position.epoch,
+            "nonfinite_steps": position.nonfinite_steps,
+            "seed": args.seed,
+            "scan_backend": selective_scan_backend(next(model.parameters())),
+            "dataset": args.dataset_name,
+            "train_images": _length(loaders[0]),
+            "validation_images": _length(loaders[1]),
+            "release_weights": args.release_weights,
+            "arguments": {**dataclasses.asdict(args), "output_dir": str(args.output_dir), **overrides},
+            **environment(accelerator),
+        }
+        if accelerator.is_main_process:
+            weights = trainer.weight_average.module if args.release_weights == "average" else trainer.model
+            with release_files(args.output_dir) as folder:
+                save_release(folder, accelerator.unwrap_model(weights), processor, results)
+            if args.push_to_hub:
+                results["hub_url"] = publish_folder(args.output_dir, repository)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     return results
+
+
+def _length(loader: DataLoader) -> int | None:
+    """Images of a loader; unknown for a stream."""
+    return len(loader.dataset) if hasattr(loader.dataset, "__len__") else None
 
 
 def main() -> None:
@@ -319,6 +251,10 @@ def main() -> None:
     try:
         args, overrides = parse_arguments(TrainingArguments, __doc__.splitlines()[0])
         results = run(args, overrides)
+    except Interrupted as interrupted:
+        # Not through sys.exit(text), whose exit code is always 1
+        sys.stderr.write(f"{interrupted}\n")
+        sys.exit(interrupted.exit_code)
     except (ValueError, StrictDataclassError, OSError) as error:
         sys.exit(f"error: {error}")
     if not PartialState().is_main_process:
@@ -328,6 +264,8 @@ def main() -> None:
         f"(averaged weights {results['ema_top1']:.2f} %, {results['ema_top5']:.2f} %), "
         f"{results['train_seconds']:.1f} s of training, {results['images_per_second']:.0f} images/s"
     )
+    if "hub_url" in results:
+        print(f"published: {results['hub_url']}")
 
 
 if __name__ == "__main__":

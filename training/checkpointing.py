@@ -1,0 +1,185 @@
+"""Checkpoints of a training run: folders that exist whole or not at all, and are looked at before they are loaded.
+
+    OUTPUT_DIR/checkpoints/step_000100/
+        model.safetensors, optimizer.bin, ...  what accelerate saves of all that was prepared or registered
+        trainer_state.json                     position in the run, the flags it was made with, size of every file
+
+A checkpoint is written beside its place and moved there last. Whatever happens before leaves the previous ones as they
+were. Nothing in it is unpickled but tensors and plain values.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "checkpoints"
+STATE_FILE = "trainer_state.json"
+LATEST = "latest"
+_FORMAT = 1
+_NAME = re.compile(r"step_(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+def save_checkpoint(accelerator: Accelerator, path: Path, state: dict[str, Any]) -> None:
+    """Write everything that was prepared or registered, and `state`, to a new folder. All processes call this.
+
+    A whole checkpoint that stands there already, of the same step, is left as it is.
+
+    Raises:
+        OSError: if it cannot be written. Nothing is left at `path` then, and nothing else is touched.
+    """
+    [exists] = broadcast_object_list([_is_whole(path)])
+    if exists:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _complete(partial, path, {"format": _FORMAT, "num_processes": accelerator.num_processes, **state})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+
+
+def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
+    files = {
+        str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
+    }
+    (partial / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=1) + "\n")
+    for file in partial.rglob("*"):
+        _sync(file)
+    _sync(partial)
+    if path.exists():  # damaged
+        shutil.rmtree(path)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a power cut cannot leave a name without its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_state(path))
+    except CheckpointError:
+        return False
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return output_dir / FOLDER / f"step_{step:06d}"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, the newest last."""
+    found = [
+        (int(match[1]), path) for path in (output_dir / FOLDER).glob("step_*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Delete all but the newest `limit` checkpoints, and what interrupted writes left behind."""
+    for partial in (output_dir / FOLDER).glob(".step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    if limit is not None:
+        for path in list_checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(wanted: str, output_dir: Path, binding: dict[str, Any], num_processes: int) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        wanted: a folder, or `"latest"`: the newest one in `output_dir` that is whole.
+        output_dir: folder of the run.
+        binding: flags that must be those of the checkpoint.
+        num_processes: processes of this run.
+
+    Returns:
+        the folder, or None if the latest of a run without any is wanted.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of another run.
+    """
+    if wanted != LATEST:
+        path = Path(wanted)
+        _check_same_run(path, read_state(path), binding, num_processes)
+        return path
+    damaged = []
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            state = read_state(path)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            logger.warning(f"not resumed from: {error}")
+        _check_same_run(path, state, binding, num_processes)
+        return path
+    if damaged:
+        raise damaged[0]
+    logger.warning(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint yet, training starts anew")
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of `trainer_state.json`, after all files were found to be there.
+
+    Raises:
+        CheckpointError: if `path` is no checkpoint, or a file of it is missing or of the wrong size.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        files, format_ = state["files"], state["format"]
+    except FileNotFoundError as error:
+        kind = "a folder without" if path.is_dir() else "no folder with"
+        raise CheckpointError(f"checkpoint {path}: {kind} a {STATE_FILE}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error!r})") from error
+    if format_ != _FORMAT:
+        raise CheckpointError(f"checkpoint {path}: format {format_!r}, expected {_FORMAT}")
+    for name, size in files.items():
+        file = path / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise CheckpointError(f"checkpoint {path}: {name} {found}, expected {size} bytes")
+    return state
+
+
+def _check_same_run(path: Path, state: dict[str, Any], binding: dict[str, Any], num_processes: int) -> None:
+    if state["num_processes"] != num_processes:
+        raise CheckpointError(
+            f"checkpoint {path}: made by {state['num_processes']} process(es), expected {num_processes}, those of this run"
+        )
+    saved = state["arguments"]
+    for name in sorted(saved.keys() | binding.keys()):
+        if saved.get(name) != binding.get(name):
+            raise CheckpointError(
+                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {binding.get(name)}, that of this run"
+            )

@@ -1,0 +1,153 @@
+"""The flags of train.py, beside one for every field of `FambaVConfig`."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Those that need nothing but the numbers of warm-up steps and of all steps
+_SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
+_CHOICES = {
+    "lr_scheduler_type": _SCHEDULES,
+    "mixed_precision": (None, "no", "fp16", "bf16"),
+    "nonfinite_loss": ("stop", "skip"),
+    "release_weights": ("last", "average"),
+}
+_MINIMUMS = {
+    "num_train_epochs": 1,
+    "max_train_steps": 1,
+    "max_train_samples": 1,
+    "max_eval_samples": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "max_cached_mib": 0,
+    "max_corrupt_images": 0,
+    "learning_rate": 0.0,
+    "weight_decay": 0.0,
+    "random_crop_padding": 0,
+    "mixup_alpha": 0.0,
+    "cutmix_alpha": 0.0,
+    "logging_steps": 1,
+    "evaluation_epochs": 1,
+    "checkpoints_total_limit": 1,
+}
+_SHARES = ("warmup_ratio", "label_smoothing", "ema_decay")
+_PROBABILITIES = ("horizontal_flip_prob", "random_erasing_prob")
+
+
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingArguments:
+    """Flags of the training script. The defaults are the paper's recipe (section 4)."""
+
+    # data
+    dataset_name: str = _flag("digits", "Hub id, local folder that load_dataset reads, or 'digits' (built in)")
+    image_column_name: str | None = _flag(None, "column with the images; found by its type if not given")
+    label_column_name: str | None = _flag(None, "column with the labels; the first of type ClassLabel if not given")
+    train_split: str = _flag("train", "split to train on")
+    validation_split: str | None = _flag(None, "split to score; if not given, 20% of the training split is set aside")
+    max_train_samples: int | None = _flag(None, "use only this many training images")
+    max_eval_samples: int | None = _flag(None, "use only this many validation images")
+    streaming: bool = _flag(False, "read the dataset while training instead of first; needs max_train_steps")
+    max_cached_mib: int = _flag(2048, "images that fit this are decoded once and kept; others by workers, every time")
+    dataloader_num_workers: int = _flag(2, "processes that decode images which are not kept")
+    max_corrupt_images: int = _flag(10, "images that cannot be read and are skipped, before training stops")
+    # recipe
+    model_name_or_path: str | None = _flag(None, "start from this checkpoint; a new classifier if the labels differ")
+    num_train_epochs: int = _flag(300, "passes over the training images")
+    max_train_steps: int | None = _flag(None, "optimizer steps; overrides num_train_epochs")
+    per_device_train_batch_size: int = _flag(128, "images per process and step")
+    per_device_eval_batch_size: int = _flag(128, "images per process in evaluation")
+    gradient_accumulation_steps: int = _flag(1, "batches per optimizer step")
+    learning_rate: float = _flag(1e-3, "peak learning rate")
+    weight_decay: float = _flag(0.1, "not applied to norms, biases, A_log, D, class token and positions")
+    lr_scheduler_type: str = _flag("cosine", "schedule of the learning rate, a name that transformers knows")
+    warmup_ratio: float = _flag(0.02, "share of the steps in which the learning rate rises linearly")
+    label_smoothing: float = _flag(0.1, "share of the target spread over all classes")
+    random_crop_padding: int | None = _flag(
+        None, "pixels to pad before a random crop; an eighth of the side if not given"
+    )
+    horizontal_flip_prob: float = _flag(0.5, "probability of a mirrored image")
+    mixup_alpha: float = _flag(0.8, "of Beta(alpha, alpha), the mix of two images; 0 is off")
+    cutmix_alpha: float = _flag(0.0, "of Beta(alpha, alpha), the area pasted from another image; 0 is off")
+    random_erasing_prob: float = _flag(0.25, "probability of an erased rectangle")
+    ema_decay: float = _flag(0.9999, "decay of the exponential moving average of the weights")
+    seed: int = _flag(0, "seed of weights, data order, augmentation and validation split")
+    # engine
+    mixed_precision: str | None = _flag(None, "no, fp16 or bf16; accelerate's own setting if not given")
+    cpu: bool = _flag(False, "train on the CPU even if there is an accelerator")
+    nonfinite_loss: str = _flag("stop", "at a loss that is NaN or infinite: stop, or skip the step and count it")
+    # what is kept
+    output_dir: Path = _flag(Path("outputs/run"), "folder for the trained model and its results")
+    release_weights: str = _flag("last", "weights of the released model: those of the last step, or their average")
+    logging_steps: int = _flag(50, "optimizer steps per line of metrics.jsonl")
+    evaluation_epochs: int | None = _flag(None, "score after every so many epochs, beside the last")
+    checkpointing_steps: int | str | None = _flag(None, "optimizer steps between checkpoints, or 'epoch'")
+    checkpoints_total_limit: int | None = _flag(None, "checkpoints to keep, the newest; all if not given")
+    resume_from_checkpoint: str | None = _flag(None, "folder of a checkpoint, or 'latest' in output_dir")
+    with_tracking: bool = _flag(False, "log to experiment trackers")
+    report_to: str = _flag("all", "tracker, such as tensorboard or wandb, or 'all' that are installed")
+    push_to_hub: bool = _flag(False, "publish the result on the Hub")
+    hub_model_id: str | None = _flag(
+        None, "repository to publish to, NAME or OWNER/NAME; named after output_dir if not given"
+    )
+    hub_private_repo: bool = _flag(False, "create the repository as a private one")
+
+    def __post_init__(self):
+        for name, minimum in _MINIMUMS.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= minimum):
+                raise ValueError(f"--{name} {value}: expected a number >= {minimum}")
+        for name in _SHARES:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1)")
+        for name in _PROBABILITIES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1]")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                expected = [choice for choice in choices if choice is not None]
+                raise ValueError(f"--{name} {getattr(self, name)}: expected one of {expected}")
+        steps = self.checkpointing_steps
+        if steps is not None and steps != "epoch" and not (isinstance(steps, int) and steps > 0):
+            raise ValueError(f"--checkpointing_steps {steps}: expected a number >= 1 or 'epoch'")
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError("--streaming: expected --max_train_steps, the length of a stream is not known")
+        if self.streaming and self.validation_split is None:
+            raise ValueError("--streaming: expected --validation_split, no part of a stream can be set aside")
+        if self.streaming and self.dataset_name == "digits":
+            raise ValueError("--streaming: expected another --dataset_name, the digits are built in")
+
+
+# Flags that do not change what is trained: a run may be resumed with others.
+_FREE = {
+    "output_dir",
+    "per_device_eval_batch_size",
+    "max_eval_samples",
+    "max_cached_mib",
+    "dataloader_num_workers",
+    "cpu",
+    "release_weights",
+    "logging_steps",
+    "evaluation_epochs",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "with_tracking",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+}
+
+
+def binding_arguments(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint can only be resumed with: flags that shape the run, and the given fields of the model."""
+    own = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
+    return {**own, **{name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}}
