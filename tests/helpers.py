@@ -1,9 +1,11 @@
-"""What several test files share: small configurations, golden numbers, tolerances, slow fusion, inputs of the scan."""
+"""What several test files share: configurations, golden numbers, tolerances, images, slow fusion, inputs of the scan."""
 
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -50,6 +52,16 @@ def read_fixture(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# ---- images ----
+
+
+def noise(mode: str = "RGB", width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:
+    """A random image of any mode."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
 
 
 # ---- token fusion of one image with Python numbers, from the equations of the paper ----

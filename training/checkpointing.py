@@ -175,11 +175,11 @@ def read_state(path: Path) -> dict[str, Any]:
 def _check_same_run(path: Path, state: dict[str, Any], binding: dict[str, Any], num_processes: int) -> None:
     if state["num_processes"] != num_processes:
         raise CheckpointError(
-            f"checkpoint {path}: made by {state['num_processes']} process(es), expected {num_processes}, those of this run"
+            f"checkpoint {path}: made by {state['num_processes']} process(es), expected {num_processes} as in this run"
         )
     saved = state["arguments"]
     for name in sorted(saved.keys() | binding.keys()):
         if saved.get(name) != binding.get(name):
             raise CheckpointError(
-                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {binding.get(name)}, that of this run"
+                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {binding.get(name)} as in this run"
             )

@@ -111,7 +111,7 @@ def _find_image_column(dataset: Dataset | IterableDataset, name: str | None) -> 
         return candidates[0]
     if name not in candidates:
         raise DataError(
-            f"--image_column_name {name}: expected a column of type Image, the columns are {_columns(dataset)}"
+            f"--image_column_name{_given(name)}: expected a column of type Image, the columns are {_columns(dataset)}"
         )
     return name
 
@@ -125,10 +125,14 @@ def _find_label_column(dataset: Dataset | IterableDataset, name: str | None) -> 
     is_value = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "string")
     if not isinstance(feature, ClassLabel) and not is_value:
         raise DataError(
-            f"--label_column_name {name}: expected a column of class labels, integers or text, "
+            f"--label_column_name{_given(name)}: expected a column of class labels, integers or text, "
             f"the columns are {_columns(dataset)}"
         )
     return name
+
+
+def _given(name: str | None) -> str:
+    return "" if name is None else f" {name}"
 
 
 def _columns(dataset: Dataset | IterableDataset) -> dict[str, str]:

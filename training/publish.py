@@ -2,8 +2,8 @@
 
     python training/publish.py outputs/cifar100 fambav-cifar100 --private --tag v1
 
-The token is the one of `hf auth login`, or HF_TOKEN. Whatever fails on the way, the same command completes it: the main
-branch holds either what it held before or the whole release, and a release that is there already is not sent again.
+The token is the one of `hf auth login`, or HF_TOKEN. Whatever fails on the way, the same command completes it: the
+main branch holds either what it held before or the whole release, and what is there already is not sent again.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def prepare_repository(repo_id: str, private: bool) -> str:
         PublishError: if a release cannot be published there.
     """
     api = _connect(repo_id)
-    with _hub_errors(api, repo_id, lambda: "nothing was published"):
+    with _hub_errors(api, repo_id, lambda _: "nothing was published"):
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -86,27 +86,33 @@ def publish_folder(folder: Path, repo_id: str, tag: str | None = None) -> str:
         PublishError: if the folder is not a whole release, contains the token, or cannot be published.
     """
     files = find_files(folder)
-    tag = _default_tag(files) if tag is None else check_tag(tag)
+    if tag is not None:
+        check_tag(tag)
     api = _connect(repo_id)
     _refuse_token(files, api.token)
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-    command = shlex.join(["python", "training/publish.py", str(folder), repo_id, "--tag", tag])
+    command = shlex.join(["python", "training/publish.py", str(folder), repo_id])
+    same_command = command if tag is None else f"{command} --tag {tag}"
+    tag = tag or _default_tag(files)
 
-    with _hub_errors(api, repo_id, lambda: f"nothing changed on main. To try again: {command}"):
+    with _hub_errors(api, repo_id, lambda _: f"nothing changed on main. To try again: {same_command}"):
         before = api.model_info(repo_id).sha
 
-    with _hub_errors(api, repo_id, lambda: f"{_state_of_main(api, repo_id, before)}. To complete it: {command}"):
+    def describe_failed_commit(error: Exception) -> str:
+        return f"{_state_of_main(api, repo_id, before, error)}. To complete it: {same_command}"
+
+    with _hub_errors(api, repo_id, describe_failed_commit):
         # Not `upload_folder`, which may make several commits. With `parent_commit` nobody else's commit comes between.
         commit = api.create_commit(repo_id, operations, commit_message=f"Release {tag}", parent_commit=before).oid
 
-    with _hub_errors(api, repo_id, lambda: f"main is updated but not tagged. To complete it: {command}"):
+    with _hub_errors(api, repo_id, lambda _: f"main is updated but not tagged. To complete it: {same_command}"):
         tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tag not in tagged:
             api.create_tag(repo_id, tag=tag, revision=commit)
     if tagged.get(tag, commit) != commit:
         raise PublishError(
-            f"{repo_id}: tag {tag!r} names another commit, {tagged[tag][:8]}; main is updated but not tagged. Choose "
-            f"another --tag: {command}"
+            f"{repo_id}: tag {tag!r} names another commit, {tagged[tag][:8]}; main is updated but not tagged. Give "
+            f"another: {command} --tag ANOTHER"
         )
     return f"{api.endpoint}/{repo_id}"
 
@@ -129,8 +135,8 @@ def find_files(folder: Path) -> dict[str, Path]:
         missing = _missing_code(folder)
     if missing:
         raise PublishError(
-            f"{folder}: {', '.join(missing)} missing or empty, expected the folder of a finished training run; nothing "
-            "was sent"
+            f"{folder}: {', '.join(missing)} missing or empty, expected the folder of a finished training run; "
+            "nothing was sent"
         )
     return files
 
@@ -150,15 +156,10 @@ def _missing_code(folder: Path) -> list[str]:
     return sorted(missing)
 
 
-def check_tag(tag: str) -> str:
-    """Return `tag`.
-
-    Raises:
-        PublishError: if git has no such tags.
-    """
+def check_tag(tag: str) -> None:
+    """Raise a `PublishError` if git, or a shell, would not take this tag as it is."""
     if not _TAG.fullmatch(tag) or ".." in tag or tag.endswith((".", ".lock")):
         raise PublishError(f"--tag {tag!r}: expected letters, digits and . _ + -, such as v1.0; nothing was sent")
-    return tag
 
 
 def _default_tag(files: dict[str, Path]) -> str:
@@ -179,7 +180,9 @@ def _connect(repo_id: str) -> HfApi:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise PublishError(f"{repo_id}: expected NAME or OWNER/NAME; nothing was published. {error}") from error
+        raise PublishError(
+            f"repository {repo_id!r}: expected NAME or OWNER/NAME; nothing was published. {error}"
+        ) from error
     try:
         token = get_token()
     except Exception as error:  # a login that runs out is renewed over the network, which fails in many ways
@@ -205,7 +208,7 @@ def _refuse_token(files: dict[str, Path], token: str) -> None:
 
 
 @contextlib.contextmanager
-def _hub_errors(api: HfApi, repo_id: str, describe_state: Callable[[], str]) -> Iterator[None]:
+def _hub_errors(api: HfApi, repo_id: str, describe_state: Callable[[Exception], str]) -> Iterator[None]:
     """Turn whatever the client raises into a `PublishError`, and limit how long it waits for an answer."""
     session = get_session()
     timeout = session.timeout
@@ -213,7 +216,7 @@ def _hub_errors(api: HfApi, repo_id: str, describe_state: Callable[[], str]) -> 
     try:
         yield
     except Exception as error:  # errors of HTTP, of the system, RuntimeError, ValueError, and KeyError for bad answers
-        text = f"{repo_id}: {_describe(error, api)}; {describe_state()}"
+        text = f"{repo_id}: {_describe(error, api)}; {describe_state(error)}"
         raise PublishError(text.replace(api.token, "<token>")) from error
     finally:
         session.timeout = timeout
@@ -225,7 +228,7 @@ def _describe(error: Exception, api: HfApi) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on, expected HF_HUB_OFFLINE not to be set"
     if not isinstance(error, HfHubHTTPError):
-        return f"no success with {api.endpoint} ({type(error).__name__}: {error})"
+        return f"no success with {api.endpoint} ({type(error).__name__}: {' '.join(str(error).split())})"
     status = error.response.status_code
     reasons = {
         401: "the token is not valid; run `hf auth login`, or correct HF_TOKEN",
@@ -238,8 +241,11 @@ def _describe(error: Exception, api: HfApi) -> str:
     return f"{reason} (HTTP {status} from {api.endpoint})"
 
 
-def _state_of_main(api: HfApi, repo_id: str, before: str) -> str:
-    """What is known about the main branch after a commit that went wrong. Its answer alone may have been lost."""
+def _state_of_main(api: HfApi, repo_id: str, before: str, error: Exception) -> str:
+    """What is known about the main branch after a commit that went wrong."""
+    if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:  # refused
+        return "nothing changed on main"
+    # Otherwise the commit may have been made, and only the answer lost
     try:
         after = api.model_info(repo_id).sha
     except Exception:  # whatever it is, there is an error to report already

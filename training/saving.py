@@ -83,8 +83,8 @@ def check_output_folder(path: Path, is_resumed: bool = False) -> None:
             raise ValueError(f"--output_dir {path}: expected a folder that is new, empty or of an earlier run")
         if list_checkpoints(path) and not is_resumed:
             raise ValueError(
-                f"--output_dir {path}: holds checkpoints of an earlier run; give --resume_from_checkpoint latest to go "
-                "on with it, or another folder"
+                f"--output_dir {path}: holds checkpoints of an earlier run; give --resume_from_checkpoint latest to "
+                "go on with it, or another folder"
             )
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     try:

@@ -218,8 +218,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             save_file({"pixels": pixels.cpu().contiguous(), "labels": labels.cpu()}, folder / "batch.safetensors")
         raise NonFiniteLossError(
-            f"the loss is {loss} at step {step}, learning rate {learning_rate:.2g}; the state before that step and its "
-            f"last batch are in {folder}. Lower --learning_rate, or give --nonfinite_loss skip"
+            f"the loss is {loss} at step {step}, learning rate {learning_rate:.2g}; the state before that step and "
+            f"its last batch are in {folder}. Lower --learning_rate, or give --nonfinite_loss skip"
         )
 
     def _record(self, progress: tqdm) -> dict[str, Any]:

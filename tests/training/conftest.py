@@ -1,8 +1,13 @@
-"""Keep the tests off the network and out of the user's caches."""
+"""Keep the tests off the network and out of the user's caches, and a folder of images of many kinds."""
+
+from pathlib import Path
 
 import datasets
 import huggingface_hub
 import pytest
+from PIL import Image
+
+from helpers import noise
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +15,25 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Folders train/{cat,dog} and test/{cat,dog} with files of many kinds, and more cats than dogs."""
+    for split, counts in {"train": {"cat": 8, "dog": 6}, "test": {"cat": 2, "dog": 1}}.items():
+        for label, count in counts.items():
+            folder = tmp_path / "pets" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise(seed=i).save(folder / f"{i}.png")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # orientation: turn by 90 degrees
+    cats = tmp_path / "pets" / "train" / "cat"
+    noise("L").save(cats / "grey.png")
+    noise("RGBA").save(cats / "transparent.png")
+    noise("P").save(cats / "palette.png", transparency=0)
+    noise("I;16").save(cats / "16 bits.png")
+    noise("CMYK").save(cats / "print.jpg")
+    noise(width=31, height=5).save(cats / "odd.bmp")
+    noise(width=24, height=16).save(cats / "rotated.jpg", exif=rotated)
+    return tmp_path / "pets"

@@ -1,57 +1,22 @@
-"""Datasets of every kind that training reads, and pixels that are those of the pipeline."""
+"""Datasets of every kind that training reads: splits, columns, labels, and what is wrong with them."""
 
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
-from transformers import pipeline
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from data import DataError, ImageTensors, LabeledImages, load_labeled_images, normalize, to_pixels
-from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from data import DataError, LabeledImages, load_labeled_images
+from helpers import noise
 
 CIFAR100 = Path(__file__).parents[2] / ".." / "shared" / "cifar100"
-
-PROCESSOR = ViTImageProcessorPil(size={"height": 12, "width": 16}, image_mean=[0.4, 0.5, 0.6], do_convert_rgb=True)
-
-
-def noise(mode: str = "RGB", width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:
-    """A random image of any mode."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    image = Image.fromarray(pixels, "RGBA")
-    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
 
 
 @pytest.fixture
 def digits() -> LabeledImages:
     return load_labeled_images("digits")
-
-
-@pytest.fixture
-def image_folder(tmp_path) -> Path:
-    """Folders train/{cat,dog} and test/{cat,dog} with files of many kinds, and more cats than dogs."""
-    for split, counts in {"train": {"cat": 8, "dog": 6}, "test": {"cat": 2, "dog": 1}}.items():
-        for label, count in counts.items():
-            folder = tmp_path / "pets" / split / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise(seed=i).save(folder / f"{i}.png")
-    rotated = Image.Exif()
-    rotated[0x0112] = 6  # orientation: turn by 90 degrees
-    cats = tmp_path / "pets" / "train" / "cat"
-    noise("L").save(cats / "grey.png")
-    noise("RGBA").save(cats / "transparent.png")
-    noise("P").save(cats / "palette.png", transparency=0)
-    noise("I;16").save(cats / "16 bits.png")
-    noise("CMYK").save(cats / "print.jpg")
-    noise(width=31, height=5).save(cats / "odd.bmp")
-    noise(width=24, height=16).save(cats / "rotated.jpg", exif=rotated)
-    return tmp_path / "pets"
 
 
 @pytest.fixture
@@ -112,9 +77,8 @@ def test_cifar100():
     images = load_labeled_images(str(CIFAR100), validation_split="test")
     assert (len(images.train), len(images.validation)) == (50_000, 10_000)
     assert len(images.label_names) == 100 and images.label_names[:2] == ["apple", "aquarium_fish"]
-    tensors = ImageTensors(images.train.select(range(4)), images.image_column, images.label_column, PROCESSOR)
-    assert tensors.pixels.shape == (4, 3, 12, 16) and tensors.pixels.float().std() > 20
-    assert all(0 <= label < 100 for label in tensors.labels)
+    example = images.train[0]
+    assert example["img"].size == (32, 32) and 0 <= example["fine_label"] < 100
 
 
 # ---- the validation images that are set aside ----
@@ -182,7 +146,7 @@ def test_column_of_the_wrong_type(parquet_folder):
 def test_dataset_without_labels(tmp_path):
     noise().save(tmp_path / "one.png")
     noise().save(tmp_path / "two.png")
-    assert_refused(["--label_column_name", "ClassLabel", "image"], str(tmp_path))
+    assert_refused(["--label_column_name", "class labels", "image"], str(tmp_path))
 
 
 def test_class_too_small_to_set_aside(tmp_path):
@@ -191,65 +155,3 @@ def test_class_too_small_to_set_aside(tmp_path):
         for i in range(count):
             noise(seed=i).save(tmp_path / "train" / label / f"{i}.png")
     assert_refused(["--validation_split"], str(tmp_path))
-
-
-# ---- pixels ----
-
-
-@pytest.fixture(scope="module")
-def pipeline_pixels():
-    """What `pipeline("image-classification")` feeds to the model, for an image or a file."""
-    config = FambaVConfig(
-        image_size=(12, 16), patch_size=4, hidden_size=16, num_hidden_layers=1, fusion_strategy="none"
-    )
-    classify = pipeline("image-classification", model=FambaVForImageClassification(config), image_processor=PROCESSOR)
-    return lambda image: classify.preprocess(image)["pixel_values"]
-
-
-MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F"]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_training_sees_the_pixels_of_the_pipeline(mode, pipeline_pixels):
-    image = noise(mode)
-    pixels = to_pixels(image, PROCESSOR)
-    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 12, 16))
-    torch.testing.assert_close(normalize(pixels[None], PROCESSOR), pipeline_pixels(image), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("width, height", [(1, 1), (1, 40), (40, 1), (7, 13), (16, 12), (300, 200)])
-def test_training_sees_the_pixels_of_the_pipeline_at_odd_sizes(width, height, pipeline_pixels):
-    image = noise(width=width, height=height)
-    pixels = to_pixels(image, PROCESSOR)
-    torch.testing.assert_close(normalize(pixels[None], PROCESSOR), pipeline_pixels(image), rtol=0, atol=1e-6)
-
-
-def test_training_sees_the_files_of_a_folder_as_the_pipeline_does(image_folder, pipeline_pixels):
-    images = load_labeled_images(str(image_folder), validation_split="test")
-    tensors = ImageTensors(images.train, images.image_column, images.label_column, PROCESSOR)
-    files = sorted(image_folder.glob("train/*/*"))
-    assert len(files) == len(tensors) == 21
-    seen = normalize(tensors.pixels, PROCESSOR)
-    for file, pixels in zip(files, seen):
-        error = (pixels - pipeline_pixels(str(file))[0]).abs().max()
-        assert error <= 1e-6, f"{file.name}: off by {error}"
-
-
-def test_normalize_is_linear_in_the_pixels():
-    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
-    normalized = normalize(pixels, PROCESSOR)
-    assert normalized.dtype == torch.float32
-    # mean 0.4, 0.5, 0.6 and standard deviation 0.5
-    expected = [[-0.8, -0.4, 1.2], [-1.0, -0.6, 1.0], [-1.2, -0.8, 0.8]]
-    torch.testing.assert_close(normalized[0, :, 0], torch.tensor(expected), rtol=0, atol=1e-6)
-
-
-def test_tensors_give_single_images_and_whole_batches(digits):
-    tensors = ImageTensors(digits.validation.select(range(5)), "image", "label", PROCESSOR)
-    assert len(tensors) == 5
-    pixels, labels = tensors.__getitems__([3, 1])
-    assert labels.tolist() == [digits.validation[3]["label"], digits.validation[1]["label"]]
-    for row, index in enumerate([3, 1]):
-        single_pixels, single_label = tensors[index]
-        assert torch.equal(single_pixels, pixels[row]) and single_label == labels[row]
-        assert torch.equal(single_pixels, to_pixels(digits.validation[index]["image"], PROCESSOR))

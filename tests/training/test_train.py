@@ -36,6 +36,10 @@ FLAGS = {
     "num_hidden_layers": 3,
     "state_size": 4,
     "fusion_tokens": 3,
+    "random_crop_padding": 0,
+    "horizontal_flip_prob": 0,
+    "mixup_alpha": 0,
+    "random_erasing_prob": 0,
 }
 # For runs that start from a checkpoint.
 NO_GEOMETRY = dict.fromkeys(
@@ -213,7 +217,7 @@ def test_first_samples_of_a_sorted_dataset_are_of_all_classes(tmp_path):
     flags = command_line(image_size=8, patch_size=4, max_train_samples=30, max_eval_samples=15)
     args, overrides = parse_arguments(train.TrainingArguments, "", [*flags, "--per_device_train_batch_size", "10"])
     _, processor = train.create_model(args, overrides, images.label_names)
-    for loader, expected in zip(train.create_loaders(args, images, processor), (30, 15)):
+    for loader, expected in zip(train.create_loaders(args, images, processor, Accelerator(cpu=True)), (30, 15)):
         assert len(loader.dataset) == expected
         assert set(loader.dataset.labels.tolist()) == {0, 1}
 
@@ -266,8 +270,9 @@ def test_two_processes_score_every_image_once(trained_by_two):
     args, overrides = parse_arguments(train.TrainingArguments, "", command_line(**{**FLAGS, **UNEVEN}))
     images = load_labeled_images("digits")
     _, processor = train.create_model(args, overrides, images.label_names)
-    _, loader = train.create_loaders(args, images, processor)
-    scores = evaluate(model, loader, processor, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    _, loader = train.create_loaders(args, images, processor, accelerator)
+    scores = evaluate(model, loader, processor, accelerator)
     assert scores == {"top1": results["top1"], "top5": results["top5"]}
 
 
@@ -295,7 +300,7 @@ def old_run(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("failing", ["train.evaluate", "saving.create_card"])  # before saving, and in the middle of it
+@pytest.mark.parametrize("failing", ["trainer.evaluate", "saving.create_card"])  # before saving, and in the middle of it
 def test_failing_run_leaves_the_old_folder_alone(old_run, monkeypatch, failing):
     def fail(*_):
         raise RuntimeError("out of luck")
@@ -304,7 +309,7 @@ def test_failing_run_leaves_the_old_folder_alone(old_run, monkeypatch, failing):
     with pytest.raises(RuntimeError, match="out of luck"):
         train_here(old_run, max_train_steps=1)
     assert [path.name for path in old_run.parent.iterdir()] == ["old_run"]
-    assert sorted(path.name for path in old_run.iterdir()) == ["all_results.json", "model.safetensors"]
+    assert {path.name for path in old_run.iterdir()} == {"all_results.json", "model.safetensors", "metrics.jsonl"}
     assert (old_run / "model.safetensors").read_text() == "old weights"
 
 
@@ -364,7 +369,7 @@ def test_bad_flags_fail_before_training(tmp_path, monkeypatch, changes, expected
 def assert_fails_before_training(tmp_path: Path, monkeypatch, expected: list[str], **changes: Any) -> None:
     """The command ends with exit code 1 and a message that has the expected words, and no batch was trained on."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.Trainer, "train_epoch", lambda trainer: pytest.fail("training started"))
+    monkeypatch.setattr(train.Trainer, "train", lambda *_: pytest.fail("training started"))
     flags = {**FLAGS, "output_dir": "out", **changes}
     monkeypatch.setattr("sys.argv", ["train.py", *command_line(**flags)])
     with pytest.raises(SystemExit) as end:
