@@ -38,10 +38,15 @@ def model_fields() -> dict[str, Any]:
     return {field.name: field.type for field in dataclasses.fields(FambaVConfig) if field.name not in inherited}
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of `FambaVConfig`. Those not given are absent from the parsed namespace."""
+def add_model_flags(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """Add a flag for every field of `FambaVConfig` that begins with `prefix`.
+
+    Those not given are absent from the parsed namespace.
+    """
     group = parser.add_argument_group("model", "fields of FambaVConfig, see its documentation")
     for name, annotation in model_fields().items():
+        if not name.startswith(prefix):
+            continue
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, **_flag_options(annotation))
 
 

@@ -1,0 +1,139 @@
+"""Scoring a checkpoint: what training reported, other fusion at evaluation, classes by name, and clear errors."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+import evaluate_checkpoint
+from data import load_labeled_images
+from helpers import tiny_config
+from modeling_fambav import FambaVForImageClassification
+
+COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A random classifier of the ten digits at 16 px, fused by a schedule."""
+    torch.manual_seed(0)
+    names = {index: str(index) for index in range(10)}
+    config = tiny_config(
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+        fusion_strategy="custom",
+        fusion_schedule=[0, 3, 3],
+    )
+    folder = tmp_path_factory.mktemp("model")
+    FambaVForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def run(monkeypatch, tmp_path, *words) -> dict:
+    """Results of the command line."""
+    output = tmp_path / "results" / "evaluation.json"
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate_checkpoint.py", *map(str, words), "--cpu", "--output_file", str(output)]
+    )
+    evaluate_checkpoint.main()
+    return json.loads(output.read_text())
+
+
+def test_scores_are_those_of_a_plain_loop(model_folder, monkeypatch, tmp_path, capsys):
+    results = run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 50, "--per_device_eval_batch_size", 16)
+    dataset = load_labeled_images("digits").validation.shuffle(seed=0).select(range(50))
+    model = FambaVForImageClassification.from_pretrained(model_folder).eval()
+    processor = ViTImageProcessorPil.from_pretrained(model_folder)
+    inputs = processor([image.convert("RGB") for image in dataset["image"]], return_tensors="pt")
+    with torch.no_grad():
+        ranked = model(**inputs).logits.argsort(descending=True).numpy()
+    truth = np.array(dataset["label"][:])[:, None]
+    assert results["top1"] == pytest.approx(100 * (ranked[:, :1] == truth).any(1).mean())
+    assert results["top5"] == pytest.approx(100 * (ranked[:, :5] == truth).any(1).mean())
+    assert results["validation_images"] == 50 and results["sequence_lengths"] == [17, 14, 11]
+    assert f"top-1 {results['top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, lengths",
+    [
+        (["--fusion_strategy", "none"], [17, 17, 17]),
+        (["--fusion_strategy", "all", "--fusion_tokens", 2], [15, 13, 11]),
+        (["--fusion_schedule", 1, 0, 1], [16, 16, 15]),
+    ],
+    ids=str,
+)
+def test_fusion_can_be_another_one(model_folder, monkeypatch, tmp_path, flags, lengths):
+    results = run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, *flags)
+    assert results["sequence_lengths"] == lengths
+
+
+def write_colors(folder, names) -> None:
+    """Three images of each colour, classes in this order."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(names))})
+    images = [Image.new("RGB", (16, 16), COLORS.get(name, (9, 9, 9))) for name in names for _ in range(3)]
+    rows = {"image": images, "label": [index for index in range(len(names)) for _ in range(3)]}
+    dataset = DatasetDict(test=Dataset.from_dict(rows, features=features))
+    folder.mkdir()
+    dataset["test"].to_parquet(folder / "test.parquet")
+
+
+@pytest.fixture
+def color_model(tmp_path):
+    """A model whose classes are red, green and blue, in this order."""
+    torch.manual_seed(0)
+    names = dict(enumerate(COLORS))
+    config = tiny_config(id2label=names, label2id={name: index for index, name in names.items()})
+    FambaVForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_classes_are_matched_by_name(color_model, monkeypatch, tmp_path):
+    scores = []
+    for number, order in enumerate((["red", "green", "blue"], ["blue", "red", "green"])):
+        write_colors(tmp_path / f"data{number}", order)
+        words = ["--dataset_name", tmp_path / f"data{number}", "--train_split", "test", "--validation_split", "test"]
+        scores.append(run(monkeypatch, tmp_path, color_model, *words)["top1"])
+    assert scores[0] == scores[1] > 0  # a constant prediction has one class right
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--fusion_tokens", "0"], "fusion_tokens=0"),
+        (["--dataset_name", "./missing"], "--dataset_name ./missing"),
+        (["--validation_split", "test"], "--validation_split 'test'"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(color_model, monkeypatch, tmp_path, words, expected):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, tmp_path, color_model, *words)
+    assert end.value.code.startswith("error: ") and expected in end.value.code
+
+
+def test_a_class_that_the_model_does_not_know_is_refused(color_model, monkeypatch, tmp_path):
+    write_colors(tmp_path / "data", ["red", "purple", "green"])
+    words = ["--dataset_name", tmp_path / "data", "--train_split", "test", "--validation_split", "test"]
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, tmp_path, color_model, *words)
+    assert "'purple'" in end.value.code and "'red'" in end.value.code
+
+
+def test_another_model_is_refused(monkeypatch, tmp_path):
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, tmp_path, tmp_path / "vit")
+    assert "'vit'" in end.value.code
