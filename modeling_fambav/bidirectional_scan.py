@@ -13,7 +13,14 @@ gradients: the path of other backends, and the reference in tests. Names are tho
 import torch
 from torch import Tensor
 
-from .selective_scan import HAS_KERNELS, causal_conv1d, kernels_of, selective_scan, selective_scan_backend
+from .selective_scan import (
+    HAS_KERNELS,
+    causal_conv1d,
+    kernels_of,
+    selective_scan,
+    selective_scan_backend,
+    states_shape,
+)
 
 
 def bidirectional_scan(
@@ -112,7 +119,7 @@ def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_scale, keep
     return (
         xz.new_empty(batch_size, num_tokens, channels),
         xz.new_empty(num_directions, batch_size * num_tokens, num_chosen),
-        xz.new_empty(kernels_of(backend).states_shape(x, A, keep_states), dtype=torch.float32),
+        xz.new_empty(states_shape(backend, x, A, keep_states), dtype=torch.float32),
     )
 
 

@@ -384,7 +384,7 @@ def _class_token(hidden_states: Tensor, class_index: int | Tensor) -> Tensor:
     """(B, T, D) -> (B, D)"""
     if isinstance(class_index, int):
         return hidden_states[:, class_index]
-    return hidden_states.take_along_dim(class_index.unsqueeze(-1), dim=1).squeeze(1)
+    return hidden_states.gather(1, class_index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])).squeeze(1)
 
 
 class FambaVForImageClassification(FambaVPreTrainedModel):

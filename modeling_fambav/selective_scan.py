@@ -53,7 +53,6 @@ class ScanKernels(NamedTuple):
     scan_backward: Callable
     conv_forward: Callable
     conv_backward: Callable
-    states_shape: Callable
 
 
 # By device, the first one that is installed is chosen.
@@ -65,6 +64,11 @@ _BACKENDS = {
 }
 # Backends with kernels of ours, see `ScanKernels`; the others are functions of their own.
 HAS_KERNELS = ("numba", "triton")
+# Steps between the states that the forward pass keeps for the backward pass; the states and decays of a chunk fit the
+# second-level cache of a CPU, or the registers of a GPU's processors.
+CHUNK_STEPS = {"numba": 64, "triton": 32}
+# Channels of the kept states come in whole vectors.
+VECTOR_CHANNELS = {"numba": 16, "triton": 1}
 _INSTALLED = {name: importlib.util.find_spec(backend.module) is not None for name, backend in _BACKENDS.items()}
 _chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
 
@@ -253,6 +257,17 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
 # numba and triton are imported inside them: at the first scan, not when a model is imported.
 
 
+def states_shape(backend: str, x: Tensor, A: Tensor, keep_states: bool) -> tuple[int, int]:
+    """Shape of the states that `scan_forward` of a backend keeps, (G * B * chunks * N, channels); no row if none are.
+
+    Known without the kernels: a model can be traced where numba cannot be imported.
+    """
+    num_directions, batch_size, num_tokens, channels = x.shape
+    num_chunks = -(-num_tokens // CHUNK_STEPS[backend]) if keep_states else 0
+    lanes = VECTOR_CHANNELS[backend]
+    return num_directions * batch_size * num_chunks * A.shape[-1], -(-channels // lanes) * lanes
+
+
 def kernels_of(backend: str) -> ScanKernels:
     """The kernels of a backend in `HAS_KERNELS`."""
     if backend == "numba":
@@ -282,8 +297,7 @@ def _fused_scan(
 
 @_fused_scan.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states, backend):
-    states_shape = kernels_of(backend).states_shape
-    return x.new_empty(x.shape[1:]), x.new_empty(states_shape(x, A, keep_states), dtype=torch.float32)
+    return x.new_empty(x.shape[1:]), x.new_empty(states_shape(backend, x, A, keep_states), dtype=torch.float32)
 
 
 @torch.library.custom_op("fambav::selective_scan_backward", mutates_args=())

@@ -33,12 +33,11 @@ from .numba_vectors import (
     store,
     store_scalar,
 )
-from .selective_scan import ScanKernels
+from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
 
 # Channels of one task: four vectors, so that a step reads runs of whole cache lines.
 _BLOCK = 64
-# Steps between kept states. The states and decays of one chunk of a task fit the second-level cache.
-_CHUNK = 64
+_CHUNK = CHUNK_STEPS["numba"]
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -309,13 +308,6 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor |
     return inputs, (*x.shape[:3], x_.shape[-1], B.shape[-1])
 
 
-def states_shape(x: Tensor, A: Tensor, keep_states: bool) -> tuple[int, int]:
-    """Shape of the states that `scan_forward` keeps: (G * B * chunks * N, padded channels)."""
-    num_directions, batch_size, num_tokens, channels = x.shape
-    num_chunks = -(-num_tokens // _CHUNK) if keep_states else 0
-    return num_directions * batch_size * num_chunks * A.shape[-1], -(-channels // LANES) * LANES
-
-
 def scan_forward(
     x: Tensor,
     dt: Tensor,
@@ -336,7 +328,7 @@ def scan_forward(
     """
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     _, batch_size, num_tokens, channels, _ = shape
-    states = torch.empty(states_shape(x, A, keep_states))
+    states = torch.empty(states_shape("numba", x, A, keep_states))
     out = torch.empty(batch_size * num_tokens, channels)
     _launch(_scan_forward, shape, [*inputs, out, states if keep_states else None])
     return out[:, : x.shape[-1]].contiguous().view(x.shape[1:]).to(x.dtype), states
@@ -411,4 +403,4 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     return dx[:, :width].contiguous().view(x.shape), dweight[..., :width].mT, dbias[:, :width]
 
 
-KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward, states_shape)
+KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

@@ -23,10 +23,9 @@ try:
 except ImportError as error:
     raise ImportError("The GPU kernels of Famba-V need triton: `pip install triton`.") from error
 
-from .selective_scan import ScanKernels
+from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
 
-# Steps between kept states.
-_CHUNK = 32
+_CHUNK = CHUNK_STEPS["triton"]
 # Channels of a program: one warp, each lane with all states of one channel.
 _BLOCK = 32
 
@@ -259,13 +258,6 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def states_shape(x: Tensor, A: Tensor, keep_states: bool) -> tuple[int, int]:
-    """Shape of the states that `scan_forward` keeps: (G * B * chunks * N, E)."""
-    num_directions, batch_size, num_tokens, channels = x.shape
-    num_chunks = triton.cdiv(num_tokens, _CHUNK) if keep_states else 0
-    return num_directions * batch_size * num_chunks * A.shape[-1], channels
-
-
 def _scan_options(x: Tensor, A: Tensor, z: Tensor | None, dt_scale: Tensor | None) -> dict[str, int]:
     return {
         "NUM_DIRECTIONS": x.shape[0],
@@ -307,7 +299,7 @@ def scan_forward(
     """
     _, batch_size, num_tokens, channels = x.shape
     inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    states = torch.empty(states_shape(x, A, keep_states), device=x.device)
+    states = torch.empty(states_shape("triton", x, A, keep_states), device=x.device)
     # float32, because the directions add up in it
     out = torch.empty(batch_size, num_tokens, channels, device=x.device)
     _scan_forward[(batch_size, triton.cdiv(channels, _BLOCK))](
@@ -389,4 +381,4 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     return dx, dweight.sum(0).mT, dbias.sum(0)
 
 
-KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward, states_shape)
+KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

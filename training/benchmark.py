@@ -71,7 +71,7 @@ class Case:
     def config(self) -> FambaVConfig:
         """Configuration of a famba-v case."""
         num_tokens = (self.image_size // 16) ** 2 + 1
-        tokens = self.fusion_tokens or round(_PAPER_TOKENS[self.strategy] * num_tokens / 197)
+        tokens = self.fusion_tokens or max(1, round(_PAPER_TOKENS[self.strategy] * num_tokens / 197))
         return FambaVConfig(
             image_size=self.image_size,
             hidden_size=_WIDTHS[self.size],

@@ -1,0 +1,135 @@
+"""The benchmark: what is measured is what the labels say, and the report says what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmark
+from benchmark import Case
+
+CPU = torch.device("cpu")
+
+
+def record(label="", strategy="none", tokens=100.0, forward=1.0, step=3.0, **fields) -> dict:
+    """A measurement by hand."""
+    return {
+        "label": label or strategy,
+        "family": "famba-v",
+        "strategy": strategy,
+        "mean_tokens": tokens,
+        "fusion_tokens": None,
+        "forward_seconds": forward,
+        "forward_images_per_second": 8 / forward,
+        "step_seconds": step,
+        "step_images_per_second": 8 / step,
+        **fields,
+    }
+
+
+@pytest.mark.parametrize("strategy, removed", [("none", 0), ("all", 168), ("interleaved", 168), ("lower", 171)])
+def test_budgets_at_224_pixels_are_those_of_the_paper(strategy, removed):
+    assert sum(Case("famba-v", strategy=strategy).config().tokens_removed) == removed
+
+
+def test_budgets_at_other_sizes_remove_the_same_share():
+    share = Case("famba-v", strategy="upper").mean_tokens() / 197
+    for image_size in (384, 512, 768, 1024):
+        case = Case("famba-v", strategy="upper", image_size=image_size)
+        assert case.mean_tokens() / ((image_size // 16) ** 2 + 1) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("size, parameters", [("ti", (5.5e6, 7.2e6)), ("s", (21e6, 26e6))])
+def test_models_are_of_the_same_size(size, parameters):
+    for family in ("deit", "famba-v"):
+        model = benchmark.Subject._model(Case(family, size))
+        assert parameters[0] < sum(parameter.numel() for parameter in model.parameters()) < parameters[1]
+
+
+def test_suites_compare_what_the_release_is_compared_with():
+    cpu, gpu = benchmark.cpu_suite(), benchmark.gpu_suite()
+    for suite in (cpu, gpu):
+        cases = [case for group in suite.values() for case in group]
+        assert {case.strategy for case in cases} == {"none", "all", "interleaved", "lower", "upper"}
+        assert {384, 512, 768, 1024} <= {case.image_size for case in cases}
+        assert any(case.family == "deit" for case in cases)
+    assert {case.backend for group in gpu.values() for case in group} == {None, "triton", "mamba-ssm"}
+    assert {case.fusion_tokens for case in cpu[benchmark.SMALL_R][1:]} == set(range(1, 10))
+
+
+def test_a_small_case_is_measured():
+    cases = [Case("deit", image_size=32, batch_size=2), Case("famba-v", strategy="upper", image_size=64, batch_size=2)]
+    records = benchmark.measure(cases, CPU, rounds=1, train=True, with_memory=False)
+    assert [entry["label"] for entry in records] == ["DeiT-Ti", "Famba-V-Ti upper"]
+    for entry in records:
+        assert 0 < entry["forward_seconds"] < entry["step_seconds"]
+        assert entry["step_images_per_second"] == pytest.approx(2 / entry["step_seconds"])
+
+
+def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
+    few, many = (
+        benchmark._peak_bytes(benchmark.Subject(Case("famba-v", image_size=64, batch_size=batch_size), CPU))
+        for batch_size in (2, 32)
+    )
+    # 24 layers x 17 tokens x about 4.9 x 384 numbers are kept of every image, 3 MiB
+    assert 50 * 2**20 < many - few < 250 * 2**20
+
+
+def test_table_has_ratios_to_the_first_row_and_savings_beside_their_limit():
+    first = record("DeiT-Ti", forward=0.5, step=1.5, family="deit")
+    unfused, fused = record(tokens=100.0), record(strategy="upper", tokens=60.0, forward=0.7, step=1.8)
+    lines = benchmark.table([first, unfused, fused]).splitlines()
+    assert "| 1.40 " in lines[-1] and "| 1.20 " in lines[-1]  # of the forward pass and of the step
+    assert "30%, 40%; 40%" in lines[-1] and "%" not in lines[-2]
+
+
+def test_break_even_is_the_smallest_r_that_is_faster():
+    rows = [record()] + [
+        record(strategy="upper", forward=forward, step=step, fusion_tokens=r)
+        for r, forward, step in ((1, 1.1, 3.1), (2, 0.9, 3.0), (3, 0.8, 3.2))
+    ]
+    sentence = benchmark.break_even(rows)
+    assert "forward pass from r = 2" in sentence and "training step for none of these" in sentence
+
+
+def test_floor_sentence_adds_products_and_scans():
+    sentence = benchmark.floor_sentence({"forward": 0.3, "matrix products": 0.15, "scans": 0.1})
+    assert "1.20 times" in sentence
+
+
+def test_floor_does_the_products_of_one_forward_pass(monkeypatch):
+    case = Case("famba-v", image_size=32, batch_size=2)
+    floor = benchmark.Floor(case, CPU)
+    model = benchmark.Subject._model(case)
+    mixer = model.fambav.layers[0].mixer
+    weights = [mixer.in_proj.weight, *(d.x_proj.weight for d in (mixer.forward_scan, mixer.backward_scan))]
+    weights += [mixer.out_proj.weight, *(d.dt_proj.weight for d in (mixer.forward_scan, mixer.backward_scan))]
+    assert sum(right.numel() for _, right in floor.projections) == sum(weight.numel() for weight in weights)
+    assert floor.num_layers == 24
+    floor.products(), floor.scans()
+
+
+def test_main_writes_a_report(tmp_path, monkeypatch, capsys):
+    cases = [
+        Case("deit", image_size=32, batch_size=1),
+        Case("famba-v", image_size=32, batch_size=1),
+        Case("famba-v", strategy="upper", image_size=64, batch_size=1),
+    ]
+    monkeypatch.setitem(benchmark._SUITES, "quick", lambda: {"a title": cases})
+    monkeypatch.setattr(benchmark, "_peak_bytes", lambda subject: 2**20)
+    monkeypatch.setattr(benchmark, "measure_floor", lambda *_: {"forward": 3.0, "matrix products": 1, "scans": 1})
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark.py", "--suite", "quick", "--rounds", "1", "--output_dir", str(tmp_path)]
+    )
+    benchmark.main()
+    printed = capsys.readouterr().out
+    report = json.loads(Path(tmp_path / "benchmark.json").read_text())
+    assert [entry["family"] for entry in report["results"]["a title"]] == ["deit", "famba-v", "famba-v"]
+    assert report["environment"]["versions"]["torch"] == torch.__version__
+    text = (tmp_path / "benchmark.md").read_text()
+    assert "1.50 times" in text
+    for section in text.split("\n\n")[1:]:
+        assert section.strip() in printed
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
