@@ -88,6 +88,6 @@ class Augmentation:
         return mixed, Targets(labels, labels[order], weights)
 
     def _cut_and_paste(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
-        mixed, targets = self._cutmix(images, labels)  # (number of cuts = 1, B, [label, other, share of other])
+        mixed, targets = self._cutmix(images, labels)  # (number of cuts = 1, B, [label, other, share of label])
         label, other, share = targets[0].unbind(-1)
-        return mixed, Targets(label.long(), other.long(), 1 - share)
+        return mixed, Targets(label.long(), other.long(), share)

@@ -10,13 +10,15 @@ were. Nothing in it is unpickled but tensors and plain values.
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, load
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -53,8 +55,11 @@ def save_checkpoint(accelerator: Accelerator, path: Path, state: dict[str, Any])
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _complete(partial, path, {"format": _FORMAT, "num_processes": accelerator.num_processes, **state})
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of them are raised by a full disk
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise OSError(f"checkpoint {path} cannot be written ({free:.0f} MiB are free): {error}") from error
         raise
     accelerator.wait_for_everyone()
 
@@ -87,6 +92,23 @@ def _is_whole(path: Path) -> bool:
         return bool(read_state(path))
     except CheckpointError:
         return False
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+    """Read everything that was prepared or registered back from a checkpoint. All processes call this.
+
+    Raises:
+        CheckpointError: if a file holds anything but tensors and plain values. Nothing of it was run then.
+    """
+    for file in (*sorted(path.glob("*.bin")), *sorted(path.glob("*.pkl"))):
+        try:
+            load(file, map_location="cpu", weights_only=True)  # accelerate does not ask for it in custom_checkpoint_*
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"checkpoint {path}: {file.name} is damaged or holds more than tensors and plain values ({reason})"
+            ) from error
+    accelerator.load_state(str(path))
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:

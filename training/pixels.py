@@ -4,6 +4,8 @@ Decoding and resizing are done by the image processor that is saved with the mod
 training saw. Rescaling and normalising wait until the batch is on its device (`normalize`).
 """
 
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +20,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+_NONE = "none of the images can be read"
+
+
 class CorruptImageError(ValueError):
     """More images than allowed cannot be read."""
 
 
 class _Reader:
-    """Reads rows of a dataset, and counts those whose image cannot be read.
+    """Reads rows of a dataset, and counts those whose image cannot be read; however often a row is read, once.
 
     In a loader with workers, each of them counts its own.
     """
@@ -31,7 +36,7 @@ class _Reader:
     def __init__(self, image_column: str, label_column: str, processor: BaseImageProcessor, max_corrupt: int):
         self._image_column, self._label_column = image_column, label_column
         self._processor, self._max_corrupt = processor, max_corrupt
-        self._num_corrupt = 0
+        self._corrupt: set[int] = set()
 
     def read(self, row: dict[str, Any], index: int) -> tuple[Tensor, int] | None:
         """Pixels and label, or None if the image is corrupt.
@@ -43,10 +48,12 @@ class _Reader:
             image = ImageFeature().decode_example(row[self._image_column])
             return to_pixels(image, self._processor), row[self._label_column]
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-            self._num_corrupt += 1
+            if index in self._corrupt:
+                return None
+            self._corrupt.add(index)
             path = (row[self._image_column] or {}).get("path")
             message = f"image {index}{f' ({path})' if path else ''} cannot be read: {error}"
-            if self._num_corrupt > self._max_corrupt:
+            if len(self._corrupt) > self._max_corrupt:
                 raise CorruptImageError(f"{message}; --max_corrupt_images allows {self._max_corrupt}") from error
             logger.warning(f"skipped: {message}")
             return None
@@ -66,6 +73,8 @@ class CachedImages(torch.utils.data.Dataset):
         reader = _Reader(image_column, label_column, processor, max_corrupt)
         rows = _undecoded(dataset, image_column)
         read = [item for index, row in enumerate(rows) if (item := reader.read(row, index)) is not None]
+        if not read:
+            raise CorruptImageError(_NONE)
         self.pixels = torch.stack([pixels for pixels, _ in read])
         self.labels = torch.tensor([label for _, label in read])
 
@@ -98,9 +107,10 @@ class DecodedImages(torch.utils.data.Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        while (item := self._reader.read(self._rows[index], index)) is None:
-            index = (index + 1) % len(self)
-        return item[0], torch.tensor(item[1])
+        for readable in itertools.chain(range(index, len(self)), range(index)):
+            if (item := self._reader.read(self._rows[readable], readable)) is not None:
+                return item[0], torch.tensor(item[1])
+        raise CorruptImageError(_NONE)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch at once."""
@@ -119,15 +129,16 @@ class StreamedImages(torch.utils.data.IterableDataset):
         max_corrupt: int = 0,
     ):
         self._rows = _undecoded(dataset, image_column)
-        self._reader = _Reader(image_column, label_column, processor, max_corrupt)
+        self._new_reader = functools.partial(_Reader, image_column, label_column, processor, max_corrupt)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew, if the stream is shuffled."""
         self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        reader = self._new_reader()  # a shuffled stream has other numbers for its images in the next pass
         for index, row in enumerate(self._rows):
-            if (item := self._reader.read(row, index)) is not None:
+            if (item := reader.read(row, index)) is not None:
                 yield item[0], torch.tensor(item[1])
 
 

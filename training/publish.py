@@ -95,7 +95,7 @@ def publish_folder(folder: Path, repo_id: str, tag: str | None = None) -> str:
     same_command = command if tag is None else f"{command} --tag {tag}"
     tag = tag or _default_tag(files)
 
-    with _hub_errors(api, repo_id, lambda _: f"nothing changed on main. To try again: {same_command}"):
+    with _hub_errors(api, repo_id, lambda _: f"main was not touched. To try again: {same_command}"):
         before = api.model_info(repo_id).sha
 
     def describe_failed_commit(error: Exception) -> str:
@@ -244,13 +244,13 @@ def _describe(error: Exception, api: HfApi) -> str:
 def _state_of_main(api: HfApi, repo_id: str, before: str, error: Exception) -> str:
     """What is known about the main branch after a commit that went wrong."""
     if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:  # refused
-        return "nothing changed on main"
+        return "main was not touched"
     # Otherwise the commit may have been made, and only the answer lost
     try:
         after = api.model_info(repo_id).sha
     except Exception:  # whatever it is, there is an error to report already
         return "main is either unchanged or has the whole release"
-    return "nothing changed on main" if after == before else "main is updated but not tagged"
+    return "main was not touched" if after == before else "main is updated but not tagged"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from interruption import Interrupted, Interruption
 from memory import keep_freed_memory
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
 from pixels import CachedImages, DecodedImages, StreamedImages
-from provenance import environment, peak_memory_bytes
+from provenance import environment
 from publish import prepare_repository, publish_folder
 from saving import check_output_folder, release_files, save_release
 from trainer import Trainer
@@ -201,10 +201,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     if args.with_tracking:
         accelerator.init_trackers("fambav", config={name: str(value) for name, value in binding.items()})
-    start_memory = peak_memory_bytes(accelerator.device)
     with Interruption() as interruption:
         trainer.train(interruption)
-        peak_memory = peak_memory_bytes(accelerator.device)
         # Once, after the last epoch: picking the best of many epochs would be choosing on the split that is reported.
         scores = trainer.evaluate()
         position = trainer.position
@@ -214,8 +212,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
             "train_loss": trainer.last_loss,
             "train_seconds": position.train_seconds,
             "images_per_second": position.step * batch_size / position.train_seconds,
-            "peak_memory_bytes": peak_memory,
-            "start_memory_bytes": start_memory,
+            "peak_memory_bytes": position.peak_memory_bytes,
+            "start_memory_bytes": position.start_memory_bytes,
             "sequence_lengths": model.config.sequence_lengths,
             "num_parameters": model.num_parameters(),
             "steps": position.step,
@@ -234,10 +232,11 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
             weights = trainer.weight_average.module if args.release_weights == "average" else trainer.model
             with release_files(args.output_dir) as folder:
                 save_release(folder, accelerator.unwrap_model(weights), processor, results)
-            if args.push_to_hub:
-                results["hub_url"] = publish_folder(args.output_dir, repository)
         accelerator.wait_for_everyone()
         accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        # Last, because the other processes would not wait for a long upload
+        results["hub_url"] = publish_folder(args.output_dir, repository)
     return results
 
 

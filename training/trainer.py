@@ -23,7 +23,7 @@ from transformers import get_scheduler
 from transformers.image_processing_utils import BaseImageProcessor
 
 from augmentation import Augmentation, mixed_cross_entropy
-from checkpointing import checkpoint_path, prune_checkpoints, read_state, save_checkpoint
+from checkpointing import checkpoint_path, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
 from interruption import Interrupted, Interruption
 from metrics import evaluate
 from metrics_log import MetricsLog
@@ -31,6 +31,7 @@ from modeling_fambav import FambaVForImageClassification
 from modeling_fambav.selective_scan import uses_cpu_kernels
 from optimization import create_optimizer, create_weight_average
 from pixels import normalize
+from provenance import peak_memory_bytes
 from training_arguments import TrainingArguments
 
 
@@ -40,13 +41,18 @@ class NonFiniteLossError(ValueError):
 
 @dataclass
 class Position:
-    """How far a run is. `batch` counts those of the epoch that began last, which is number `epoch`, from 0."""
+    """How far a run is. `batch` counts those of the epoch that began last, which is number `epoch`, from 0.
+
+    Memory is the largest before and since the first step, over all processes that the run was resumed by.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     train_seconds: float = 0.0
     nonfinite_steps: int = 0
+    start_memory_bytes: int = 0
+    peak_memory_bytes: int = 0
 
 
 class Trainer:
@@ -118,6 +124,7 @@ class Trainer:
             Interrupted: if `interruption` has noted a signal; a checkpoint was saved before.
         """
         position, checkpointing_steps = self.position, self.args.checkpointing_steps
+        position.start_memory_bytes = max(position.start_memory_bytes, peak_memory_bytes(self.accelerator.device))
         log = MetricsLog(self.accelerator, self.args.output_dir, position.step, position.epoch)
         progress = tqdm(
             total=self.num_steps,
@@ -137,13 +144,18 @@ class Trainer:
                 position.train_seconds += now - started
                 if position.step % self.args.logging_steps == 0:
                     log.write(self._record(progress))
-                if isinstance(checkpointing_steps, int) and position.step % checkpointing_steps == 0:
-                    self.save_checkpoint()
-                if self._stop_signal and position.step < self.num_steps:
-                    self._stop(progress)
-                started = time.perf_counter()
                 if position.step == self.num_steps:
                     break
+                if isinstance(checkpointing_steps, int) and position.step % checkpointing_steps == 0:
+                    self.save_checkpoint()
+                if self._stop_signal:
+                    self._stop(progress)
+                started = time.perf_counter()
+            if position.batch == 0:
+                raise ValueError(
+                    f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: expected at most the "
+                    "images of the stream, divided by processes and by --dataloader_num_workers"
+                )
             position.epoch, position.batch = position.epoch + 1, 0
             record = {**self._record(progress), "epoch": position.epoch}
             every = self.args.evaluation_epochs
@@ -153,6 +165,11 @@ class Trainer:
             if checkpointing_steps == "epoch" or (checkpointing_steps and position.step == self.num_steps):
                 self.save_checkpoint()
         progress.close()
+        self._measure_memory()
+
+    def _measure_memory(self) -> None:
+        position = self.position
+        position.peak_memory_bytes = max(position.peak_memory_bytes, peak_memory_bytes(self.accelerator.device))
 
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of this epoch behind those that were already trained on."""
@@ -246,9 +263,11 @@ class Trainer:
     # ---- checkpoints ----
 
     def _state(self) -> dict[str, Any]:
+        self._measure_memory()
         return {
             "position": dataclasses.asdict(self.position),
             "logged_losses": self._logged_losses,
+            "last_loss": self.last_loss,
             "arguments": self.binding,
         }
 
@@ -262,9 +281,10 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint that `find_checkpoint` has found."""
-        self.accelerator.load_state(str(path))
+        load_checkpoint(self.accelerator, path)
         state = read_state(path)
         self.position, self._logged_losses = Position(**state["position"]), state["logged_losses"]
+        self.last_loss = state.get("last_loss")
 
     def _stop(self, progress: tqdm) -> None:
         path = self.save_checkpoint()
