@@ -31,6 +31,11 @@ class MetricsLog:
         self._accelerator.log({name: value for name, value in record.items() if name != "step"}, record["step"])
 
 
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run so far."""
+    return [json.loads(line) for line in (output_dir / FILE).read_text().splitlines()]
+
+
 def _is_of_the_past(line: str, step: int, epoch: int) -> bool:
     try:
         record = json.loads(line)

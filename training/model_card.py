@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 
+# Beside the card, see run_plot.py
+PLOT_FILE = "training.png"
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
@@ -19,7 +21,8 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
     """
     dataset = results["dataset"]
     name = f"fambav-{Path(dataset).name}-{config.fusion_strategy}"
-    metrics = {"accuracy": results["top1"], "top-5 accuracy": results["top5"]}
+    prefix = "ema_" if results.get("release_weights") == "average" else ""
+    metrics = {"accuracy": results[f"{prefix}top1"], "top-5 accuracy": results[f"{prefix}top5"]}
     # Without a validation split, a part of the training split was set aside and scored
     arguments = results["arguments"]
     scored_split = arguments.get("validation_split") or arguments.get("train_split", "train")
@@ -52,11 +55,20 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
         dataset=Path(dataset).name,
         config=config,
         fusion=_describe_fusion(config),
+        location=results.get("hub_model_id") or "PATH_OF_THIS_FOLDER",
+        plot_file=PLOT_FILE,
+        train_images=_count(results["train_images"]),
+        validation_images=_count(results["validation_images"]),
         memory_mib=round(results["peak_memory_bytes"] / 2**20),
         command=_command(arguments),
         versions=", ".join(f"{package} {version}" for package, version in results["versions"].items()),
         results=results,
     )
+
+
+def _count(number: int | None) -> str:
+    """A number of images; that of a stream is not known."""
+    return "all" if number is None else f"{number:,}"
 
 
 def _describe_fusion(config: PreTrainedConfig) -> str:

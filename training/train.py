@@ -27,10 +27,13 @@ from checkpointing import find_checkpoint
 from data import LabeledImages, load_labeled_images
 from interruption import Interrupted, Interruption
 from memory import keep_freed_memory
+from metrics_log import read_log
+from model_card import PLOT_FILE
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
 from pixels import CachedImages, DecodedImages, StreamedImages
 from provenance import environment
 from publish import prepare_repository, publish_folder
+from run_plot import plot_run
 from saving import check_output_folder, release_files, save_release
 from trainer import Trainer
 from training_arguments import TrainingArguments, binding_arguments
@@ -176,6 +179,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     if args.resume_from_checkpoint is not None:
         wanted = args.resume_from_checkpoint, args.output_dir, binding, accelerator.num_processes
         checkpoint = find_checkpoint(*wanted)
+    repository = None
     if args.push_to_hub and accelerator.is_main_process:
         repository = prepare_repository(args.hub_model_id or args.output_dir.name, args.hub_private_repo)
     images = load_labeled_images(
@@ -225,6 +229,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
             "train_images": _length(loaders[0]),
             "validation_images": _length(loaders[1]),
             "release_weights": args.release_weights,
+            "hub_model_id": repository,
             "arguments": {**dataclasses.asdict(args), "output_dir": str(args.output_dir), **overrides},
             **environment(accelerator),
         }
@@ -232,6 +237,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
             weights = trainer.weight_average.module if args.release_weights == "average" else trainer.model
             with release_files(args.output_dir) as folder:
                 save_release(folder, accelerator.unwrap_model(weights), processor, results)
+                plot_run(read_log(args.output_dir), model.config.sequence_lengths, folder / PLOT_FILE)
         accelerator.wait_for_everyone()
         accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:

@@ -23,6 +23,7 @@ from hub_server import CUT, HANG, LOSE, Commit, Fault, HubServer, Repository, Us
 from modeling_fambav import FambaVForImageClassification
 from publish import PublishError, prepare_repository, publish_folder
 from saving import save_release
+from training_runs import FLAGS, command_line
 
 TOKEN = "hf_verysecrettoken"
 READ_TOKEN = "hf_thisonemayonlyread"
@@ -485,3 +486,36 @@ def test_offline_mode(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "offline mode is on, expected HF_HUB_OFFLINE not to be set" in error_of(prepare_repository, "tiny", False)
     assert hub.requests == []
+
+
+# ---- from training to the Hub in one command ----
+
+
+def test_training_publishes_what_it_trained(hub, tmp_path):
+    environment = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    flags = command_line(**{**FLAGS, "max_train_steps": 4, "push_to_hub": True, "hub_private_repo": True})
+    folder = tmp_path / "my-digits"
+    process = run_python(REPOSITORY / "training" / "train.py", *flags, "--output_dir", folder, **environment)
+    assert process.returncode == 0, process.stderr
+    assert f"published: {hub.endpoint}/ann/my-digits" in process.stdout
+    assert TOKEN not in process.stdout + process.stderr
+    repository = hub.repositories["ann/my-digits"]
+    assert repository.is_private
+    files = repository.main.files
+    for name in ("model.safetensors", "README.md", "all_results.json", "training.png", "metrics.jsonl"):
+        assert files[name] == (folder / name).read_bytes()
+    assert 'model="ann/my-digits"' in files["README.md"].decode()
+
+
+def test_a_hub_that_refuses_stops_a_run_before_it_begins(hub, tmp_path):
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_wrong", "HF_HUB_OFFLINE": "0"}
+    words = [*command_line(**FLAGS), "--push_to_hub", "--output_dir", tmp_path / "out"]
+    process = run_python(REPOSITORY / "training" / "train.py", *words, HF_HOME=str(tmp_path), **environment)
+    assert process.returncode == 1 and process.stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists() and "hf_wrong" not in process.stdout + process.stderr
