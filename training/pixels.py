@@ -45,6 +45,8 @@ class _Reader:
             CorruptImageError: at the first one that is too many.
         """
         try:
+            if row[self._image_column] is None:
+                raise ValueError("there is none")
             image = ImageFeature().decode_example(row[self._image_column])
             return to_pixels(image, self._processor), row[self._label_column]
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:

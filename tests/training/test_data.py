@@ -102,6 +102,80 @@ def test_given_validation_split_is_used_whole_and_train_too(image_folder):
     assert (len(images.train), len(images.validation)) == (3, 21)
 
 
+# ---- labels that are integers or text ----
+
+
+def write_labels(folder: Path, **labels_of_splits: list) -> str:
+    """A dataset with these labels, as they are, in each split. Every image is of its own."""
+    folder.mkdir()
+    for split, labels in labels_of_splits.items():
+        rows = {"image": [noise(seed=i) for i in range(len(labels))], "label": labels}
+        dataset = Dataset.from_dict(rows).cast_column("image", ImageFeature())
+        dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "train, test, names",
+    [
+        (["dog", "cat", "dog", "eel"], ["eel", "cat"], ["cat", "dog", "eel"]),
+        ([10, 9, 10, 300], [300, 9], ["9", "10", "300"]),  # in the order of numbers
+        ([-1, 0, 3, 0], [3, -1], ["-1", "0", "3"]),
+    ],
+    ids=["text", "integers", "negative integers"],
+)
+def test_labels_become_names(tmp_path, train, test, names):
+    images = load_labeled_images(write_labels(tmp_path / "pets", train=train, test=test), validation_split="test")
+    assert images.label_names == names
+    for split, labels in ((images.train, train), (images.validation, test)):
+        assert split.features["label"] == ClassLabel(names=names)
+        assert [names[label] for label in split["label"]] == [str(label) for label in labels]
+        assert [np.asarray(image).tolist() for image in split["image"]] == [
+            np.asarray(noise(seed=i)).tolist() for i in range(len(labels))
+        ]
+
+
+def test_labels_become_names_and_some_images_are_set_aside(tmp_path):
+    images = load_labeled_images(write_labels(tmp_path / "pets", train=["dog"] * 10 + ["cat"] * 5))
+    assert images.label_names == ["cat", "dog"]
+    assert Counter(images.train["label"][:]) == {0: 4, 1: 8}
+    assert Counter(images.validation["label"][:]) == {0: 1, 1: 2}
+
+
+@pytest.mark.parametrize("train, test, unknown", [(["a", "b"], ["b", "c"], "'c'"), ([1, 2], [2, 3], "'3'")], ids=str)
+def test_label_of_validation_that_training_does_not_know_is_refused(tmp_path, train, test, unknown):
+    folder = write_labels(tmp_path / "pets", train=train, test=test)
+    assert_refused([f"label {unknown}", "validation"], folder, validation_split="test")
+
+
+def test_text_labels_of_a_stream_are_refused(tmp_path):
+    folder = write_labels(tmp_path / "pets", train=["a", "b"], test=["a"])
+    assert_refused(["--label_column_name label", "stream"], folder, validation_split="test", streaming=True)
+
+
+def write_class_labels(folder: Path, **labels_of_splits: list[int | None]) -> str:
+    """A dataset with two classes, and numbers of them that need not exist."""
+    folder.mkdir()
+    for split, labels in labels_of_splits.items():
+        rows = {"image": [noise(seed=i) for i in range(len(labels))], "label": labels}
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_labels_without_a_name_are_refused_with_image_and_split(tmp_path):
+    unlabeled = write_class_labels(tmp_path / "unlabeled", train=[0, 1, 0], test=[1, -1, -1])
+    expected = ["label -1 of image 1 in split 'test'", "0 to 1", "2 such images"]
+    assert_refused(expected, unlabeled, validation_split="test")
+    assert_refused(["label -1 of image 1 in split 'test'"], unlabeled, train_split="test", validation_split="train")
+    assert load_labeled_images(unlabeled, train_split="train", validation_split="train").label_names == ["cat", "dog"]
+
+
+def test_missing_labels_are_refused_with_image_and_split(tmp_path):
+    missing = write_class_labels(tmp_path / "missing", train=[0, 1, None, 0], test=[0])
+    assert_refused(["of image 2 in split 'train'", "1 such images"], missing, validation_split="test")
+
+
 # ---- errors: the flag, the value, and what there is ----
 
 

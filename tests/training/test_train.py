@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -19,28 +18,9 @@ from arguments import parse_arguments
 from child_process import REPOSITORY, run_python
 from data import load_labeled_images
 from metrics import evaluate
+from training_runs import FLAGS, command_line, own_process_state, read_results, run_in_two_processes, train_here
 
-NUM_STEPS = 24
-FLAGS = {
-    "dataset_name": "digits",
-    "max_train_samples": 512,
-    "max_train_steps": NUM_STEPS,
-    "per_device_train_batch_size": 64,
-    "per_device_eval_batch_size": 60,
-    "learning_rate": 0.01,
-    "ema_decay": 0.9,
-    "cpu": True,
-    "image_size": 8,
-    "patch_size": 2,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "state_size": 4,
-    "fusion_tokens": 3,
-    "random_crop_padding": 0,
-    "horizontal_flip_prob": 0,
-    "mixup_alpha": 0,
-    "random_erasing_prob": 0,
-}
+NUM_STEPS = FLAGS["max_train_steps"]
 # For runs that start from a checkpoint.
 NO_GEOMETRY = dict.fromkeys(
     ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "state_size", "fusion_tokens")
@@ -48,33 +28,10 @@ NO_GEOMETRY = dict.fromkeys(
 SECRET = "hf_verysecrettoken"
 
 
-def command_line(**flags: Any) -> list[str]:
-    """Flags as words; a list becomes several words, None leaves a flag out."""
-    words = []
-    for name, value in flags.items():
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def train_here(output_dir: Path, **changes: Any) -> dict[str, Any]:
-    """Train in this process with `FLAGS` and these changes."""
-    flags = {**FLAGS, "output_dir": output_dir, **changes}
-    return train.run(*parse_arguments(train.TrainingArguments, "", command_line(**flags)))
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "all_results.json").read_text())
-
-
 @pytest.fixture(autouse=True)
 def fresh_process_state():
-    """A run sets the number of threads, and accelerate keeps the settings of the first `Accelerator` of a process."""
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with own_process_state():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -236,15 +193,6 @@ def test_steps_count_optimizer_steps(tmp_path):
     assert last["learning_rate"] == pytest.approx(0, abs=1e-9)
 
 
-def run_in_two_processes(output_dir: Path, **changes: Any) -> subprocess.CompletedProcess:
-    # `accelerate launch --cpu --num_processes=2` starts one process; also on CPUs it takes --multi_gpu to start two.
-    return run_python(
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
-        *("--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"),
-        *(REPOSITORY / "training" / "train.py", *command_line(**{**FLAGS, **changes}), "--output_dir", output_dir),
-    )
-
-
 # Six batches, three for each process; the last one is filled up with images that were scored before.
 UNEVEN = {"max_eval_samples": 41, "per_device_eval_batch_size": 8}
 
@@ -300,7 +248,7 @@ def old_run(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("failing", ["trainer.evaluate", "saving.create_card"])  # before saving, and in the middle of it
+@pytest.mark.parametrize("failing", ["trainer.evaluate", "saving.create_card"])  # before saving, and amid it
 def test_failing_run_leaves_the_old_folder_alone(old_run, monkeypatch, failing):
     def fail(*_):
         raise RuntimeError("out of luck")
