@@ -1,4 +1,4 @@
-"""What several test files share: configurations, golden numbers, tolerances, images, slow fusion, inputs of the scan."""
+"""What test files share: configurations, golden numbers, tolerances, images, slow fusion, inputs of the scan."""
 
 import math
 from pathlib import Path

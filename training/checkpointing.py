@@ -37,12 +37,12 @@ class CheckpointError(ValueError):
 def save_checkpoint(accelerator: Accelerator, path: Path, state: dict[str, Any]) -> None:
     """Write everything that was prepared or registered, and `state`, to a new folder. All processes call this.
 
-    A whole checkpoint that stands there already, of the same step, is left as it is.
+    A whole checkpoint of the same step of the same run that stands there already is left as it is.
 
     Raises:
         OSError: if it cannot be written. Nothing is left at `path` then, and nothing else is touched.
     """
-    [exists] = broadcast_object_list([_is_whole(path)])
+    [exists] = broadcast_object_list([_is_whole(path, state["arguments"])])
     if exists:
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -72,7 +72,7 @@ def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
     for file in partial.rglob("*"):
         _sync(file)
     _sync(partial)
-    if path.exists():  # damaged
+    if path.exists():  # damaged, or of another run
         shutil.rmtree(path)
     os.replace(partial, path)
     _sync(path.parent)
@@ -87,9 +87,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, arguments: dict[str, Any]) -> bool:
     try:
-        return bool(read_state(path))
+        return read_state(path)["arguments"] == arguments
     except CheckpointError:
         return False
 

@@ -35,6 +35,7 @@ from provenance import environment
 from publish import prepare_repository, publish_folder
 from run_plot import plot_run
 from saving import check_output_folder, release_files, save_release
+from streaming import StreamLoader
 from trainer import Trainer
 from training_arguments import TrainingArguments, binding_arguments
 
@@ -86,7 +87,7 @@ def create_model(
 
 def create_loaders(
     args: TrainingArguments, images: LabeledImages, processor: BaseImageProcessor, accelerator: Accelerator
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[DataLoader | StreamLoader, DataLoader]:
     """Loaders of uint8 pixels and labels, for training and for scoring."""
     if args.streaming:
         return _stream(args, images, processor, accelerator)
@@ -122,7 +123,7 @@ def _whole_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor
 
 def _stream(
     args: TrainingArguments, images: LabeledImages, processor: BaseImageProcessor, accelerator: Accelerator
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[StreamLoader, DataLoader]:
     train, validation = images.train, images.validation
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
@@ -134,10 +135,11 @@ def _stream(
     train_loader = DataLoader(
         StreamedImages(train, *columns),
         args.per_device_train_batch_size,
-        drop_last=True,
         num_workers=min(args.dataloader_num_workers, train.num_shards),
     )
-    return train_loader, DataLoader(StreamedImages(validation, *columns), args.per_device_eval_batch_size)
+    return StreamLoader(train_loader, accelerator), DataLoader(
+        StreamedImages(validation, *columns), args.per_device_eval_batch_size
+    )
 
 
 def check_trackers(args: TrainingArguments) -> None:

@@ -5,7 +5,9 @@ and all other randomness of a batch (augmentation, dropped paths) of the seed, t
 """
 
 import dataclasses
+import itertools
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,10 +178,8 @@ class Trainer:
         self.model.train()
         loader = self.train_loader
         if self.args.streaming:
-            loader.dataset.set_epoch(self.position.epoch)
-            for number, (pixels, labels) in enumerate(loader):
-                if number >= self.position.batch:
-                    yield pixels.to(self.accelerator.device), labels.to(self.accelerator.device)
+            loader.set_epoch(self.position.epoch)
+            yield from itertools.islice(loader, self.position.batch, None)
             return
         if self.position.batch >= len(loader):
             return  # a checkpoint of the last step of an epoch
@@ -231,6 +231,8 @@ class Trainer:
             return
         step, learning_rate = self.position.step + 1, self.schedule.get_last_lr()[0]
         folder = self.args.output_dir / f"nonfinite_step_{step:06d}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
         save_checkpoint(self.accelerator, folder, self._state())
         if self.accelerator.is_main_process:
             save_file({"pixels": pixels.cpu().contiguous(), "labels": labels.cpu()}, folder / "batch.safetensors")

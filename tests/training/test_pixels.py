@@ -1,5 +1,6 @@
 """Pixels: those of the pipeline, whether images are kept, decoded by workers or streamed, and corrupt images."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,16 @@ from data import load_labeled_images
 from helpers import noise
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 from pixels import CachedImages, CorruptImageError, DecodedImages, StreamedImages, normalize, to_pixels
-from training_runs import FLAGS, command_line, read_metrics, train_here, without_time
+from streaming import StreamLoader
+from training_runs import (
+    FLAGS,
+    command_line,
+    read_metrics,
+    read_results,
+    run_in_two_processes,
+    train_here,
+    without_time,
+)
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 12, "width": 16}, image_mean=[0.4, 0.5, 0.6], do_convert_rgb=True)
 
@@ -146,18 +156,20 @@ def numbered_folder(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def streamed(folder: Path, rank: int = 0, num_processes: int = 1, **flags: Any) -> DataLoader:
-    """The training loader of one of several processes."""
+def streamed(folder: Path, rank: int = 0, num_processes: int = 1, **flags: Any) -> StreamLoader:
+    """The training loader of one of several processes, of which the others are never the first to run out."""
     words = {**FLAGS, "dataset_name": folder, "streaming": True, "validation_split": "test", "image_size": 16, **flags}
     args, overrides = parse_arguments(train.TrainingArguments, "", command_line(**words))
     images = load_labeled_images(str(folder), validation_split="test", streaming=True)
     _, processor = train.create_model(args, overrides, images.label_names)
-    accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes)
+    accelerator = SimpleNamespace(
+        process_index=rank, num_processes=num_processes, device=torch.device("cpu"), gather=lambda tensor: tensor
+    )
     return train._stream(args, images, processor, accelerator)[0]
 
 
-def numbers(loader: DataLoader, epoch: int = 0) -> list[int]:
-    loader.dataset.set_epoch(epoch)
+def numbers(loader: StreamLoader, epoch: int = 0) -> list[int]:
+    loader.set_epoch(epoch)
     return [int(pixels[0, 0, 0]) for batch, _ in loader for pixels in batch]
 
 
@@ -180,6 +192,12 @@ def test_stream_gives_every_image_to_one_process_once_per_epoch(numbered_folder,
         ]
         assert sorted(sum(parts, [])) == list(range(40))
         assert min(map(len, parts)) > 10
+
+
+def test_stream_gives_all_whole_batches_however_many_workers_read_it(numbered_folder):
+    for num_workers in (0, 1, 2):
+        loader = streamed(numbered_folder, per_device_train_batch_size=8, dataloader_num_workers=num_workers)
+        assert [len(labels) for _, labels in loader] == [8] * 5  # of 40 images
 
 
 STREAM = {
@@ -344,3 +362,31 @@ def test_ways_to_read_do_not_change_the_training(image_folder, tmp_path):
         train_here(tmp_path / name, **{**PETS, "dataset_name": image_folder, **flags})
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ways]
     assert weights[0] == weights[1]
+
+
+def test_stream_whose_epoch_ends_within_a_step_goes_on_from_there(numbered_folder, tmp_path):
+    # 5 batches in an epoch, 2 in a step: the last step of an epoch is of one batch
+    flags = {**STREAM, "dataset_name": numbered_folder, "per_device_train_batch_size": 8}
+    flags |= {"dataloader_num_workers": 0, "checkpointing_steps": "epoch"}
+    train_here(tmp_path / "whole", **flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    first, *later = sorted((tmp_path / "resumed" / "checkpoints").iterdir())
+    assert first.name == "step_000003"
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
+    train_here(tmp_path / "resumed", **flags, resume_from_checkpoint="latest")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+
+
+def test_streams_of_unequal_length_end_their_epochs_together(numbered_folder, tmp_path):
+    # Three files, so that two processes take every other row: 15 and 14 images, which make 3 and 2 batches of 5
+    (numbered_folder / "train-3.parquet").unlink()
+    last = Dataset.from_parquet(str(numbered_folder / "train-2.parquet"))
+    last.select(range(9)).to_parquet(str(numbered_folder / "train-2.parquet"))
+    flags = {**STREAM, "dataset_name": numbered_folder, "per_device_train_batch_size": 5, "max_train_steps": 4}
+    flags |= {"evaluation_epochs": 1, "dataloader_num_workers": 0, "gradient_accumulation_steps": 1}
+    process = run_in_two_processes(tmp_path / "out", **flags)
+    assert process.returncode == 0, process.stderr
+    assert [record["step"] for record in read_metrics(tmp_path / "out") if "epoch" in record] == [2, 4]
+    assert read_results(tmp_path / "out")["num_processes"] == 2

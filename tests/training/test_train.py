@@ -60,7 +60,11 @@ def trained(tmp_path_factory) -> Path:
 def test_run_leaves_every_file(trained):
     code = {path.name for path in (REPOSITORY / "modeling_fambav").glob("*.py")} - {"__init__.py"}
     others = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
-    assert {path.name for path in trained.iterdir()} == code | others | {"metrics.jsonl", "all_results.json"}
+    assert {path.name for path in trained.iterdir()} == code | others | {
+        "metrics.jsonl",
+        "all_results.json",
+        "training.png",
+    }
     for name in code:
         assert (trained / name).read_text() == (REPOSITORY / "modeling_fambav" / name).read_text()
 
