@@ -100,7 +100,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     Raises:
         CheckpointError: if a file holds anything but tensors and plain values. Nothing of it was run then.
     """
-    for file in (*sorted(path.glob("*.bin")), *sorted(path.glob("*.pkl"))):
+    for file in sorted(file for file in path.iterdir() if file.suffix in (".bin", ".pkl", ".pt")):
         try:
             load(file, map_location="cpu", weights_only=True)  # accelerate does not ask for it in custom_checkpoint_*
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -108,7 +108,14 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} is damaged or holds more than tensors and plain values ({reason})"
             ) from error
-    accelerator.load_state(str(path))
+    try:
+        accelerator.load_state(str(path))
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {path}: does not fit this model, expected the same one, and torch.compile used or not as "
+            f"before ({reason})"
+        ) from error
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -116,12 +123,14 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / FOLDER / f"step_{step:06d}"
 
 
+def _step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints of a run, the newest last."""
-    found = [
-        (int(match[1]), path) for path in (output_dir / FOLDER).glob("step_*") if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    folders = [path for path in (output_dir / FOLDER).glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=_step_of)
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
@@ -150,7 +159,9 @@ def find_checkpoint(wanted: str, output_dir: Path, binding: dict[str, Any], num_
     """
     if wanted != LATEST:
         path = Path(wanted)
-        _check_same_run(path, read_state(path), binding, num_processes)
+        state = read_state(path)
+        _check_same_run(path, state, binding, num_processes)
+        _check_newest(path, state["position"]["step"], output_dir)
         return path
     damaged = []
     for path in reversed(list_checkpoints(output_dir)):
@@ -167,6 +178,16 @@ def find_checkpoint(wanted: str, output_dir: Path, binding: dict[str, Any], num_
         raise damaged[0]
     logger.warning(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint yet, training starts anew")
     return None
+
+
+def _check_newest(path: Path, step: int, output_dir: Path) -> None:
+    """Checkpoints of later steps would be taken for newer than those that are written from here on."""
+    later = [other.name for other in list_checkpoints(output_dir) if _step_of(other) > step]
+    if later:
+        raise CheckpointError(
+            f"checkpoint {path}: {output_dir / FOLDER} holds later ones ({', '.join(later)}); delete them, or give "
+            "another --output_dir"
+        )
 
 
 def read_state(path: Path) -> dict[str, Any]:

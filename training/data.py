@@ -145,7 +145,11 @@ def _with_class_labels(train, validation, label_column: str):
         return train, validation
     if isinstance(train, IterableDataset):
         raise DataError(f"--label_column_name {label_column}: expected a column of class labels in a stream")
-    names = [str(value) for value in sorted(train.unique(label_column))]
+    values = train.unique(label_column)
+    if None in values:
+        row = train[label_column][:].index(None)
+        raise DataError(f"--label_column_name {label_column}: image {row} of the training split has no label")
+    names = [str(value) for value in sorted(values)]
     index_of = {name: index for index, name in enumerate(names)}
     label = ClassLabel(names=names)
 

@@ -75,11 +75,12 @@ def score(
     accelerator: Accelerator,
     batch_size: int,
     max_samples: int | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy in percent, images and images/s on the validation images."""
+    """Accuracy in percent, images and images/s on the validation images; `seed` chooses `max_samples` of them."""
     dataset = images.validation
     if max_samples is not None:
-        dataset = dataset.shuffle(seed=0).select(range(min(max_samples, len(dataset))))
+        dataset = dataset.shuffle(seed=seed).select(range(min(max_samples, len(dataset))))
     tensors = CachedImages(dataset, images.image_column, images.label_column, processor)
     tensors.labels = torch.tensor(label_indices(images.label_names, model))[tensors.labels]
     loader = DataLoader(tensors, batch_size, collate_fn=lambda batch: batch)
@@ -113,6 +114,10 @@ def main() -> None:
     fusion = config_overrides(args)
     keep_freed_memory()
     try:
+        for name in ("max_eval_samples", "per_device_eval_batch_size"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ValueError(f"--{name} {value}: expected a number >= 1")
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         model, processor = load_classifier(args.model, fusion)
         images = load_labeled_images(
@@ -124,7 +129,7 @@ def main() -> None:
             args.seed,
         )
         batch_size, max_samples = args.per_device_eval_batch_size, args.max_eval_samples
-        scores = score(model, processor, images, accelerator, batch_size, max_samples)
+        scores = score(model, processor, images, accelerator, batch_size, max_samples, args.seed)
     except (ValueError, StrictDataclassError, OSError) as error:
         sys.exit(f"error: {error}")
     if not accelerator.is_main_process:
@@ -137,7 +142,6 @@ def main() -> None:
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **environment(accelerator),
     }
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
     args.output_file.write_text(json.dumps(results, indent=2) + "\n")
     print(
         f"{args.model}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['validation_images']} "

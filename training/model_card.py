@@ -9,6 +9,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # Beside the card, see run_plot.py
 PLOT_FILE = "training.png"
+# Stands for the repository, where the model is not published
+LOCATION = "PATH_OF_THIS_FOLDER"
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
@@ -55,7 +57,7 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
         dataset=Path(dataset).name,
         config=config,
         fusion=_describe_fusion(config),
-        location=results.get("hub_model_id") or "PATH_OF_THIS_FOLDER",
+        location=results.get("hub_model_id") or LOCATION,
         plot_file=PLOT_FILE,
         train_images=_count(results["train_images"]),
         validation_images=_count(results["validation_images"]),

@@ -74,11 +74,17 @@ class CachedImages(torch.utils.data.Dataset):
     ):
         reader = _Reader(image_column, label_column, processor, max_corrupt)
         rows = _undecoded(dataset, image_column)
-        read = [item for index, row in enumerate(rows) if (item := reader.read(row, index)) is not None]
-        if not read:
+        size = processor.size["height"], processor.size["width"]
+        # One piece from the start: a list that is stacked would take twice the memory
+        self.pixels = torch.empty(len(rows), 3, *size, dtype=torch.uint8)
+        labels = []
+        for index, row in enumerate(rows):
+            if (item := reader.read(row, index)) is not None:
+                self.pixels[len(labels)] = item[0]
+                labels.append(item[1])
+        if not labels:
             raise CorruptImageError(_NONE)
-        self.pixels = torch.stack([pixels for pixels, _ in read])
-        self.labels = torch.tensor([label for _, label in read])
+        self.pixels, self.labels = self.pixels[: len(labels)], torch.tensor(labels)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -23,6 +23,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 
 
+def used_memory_bytes(device: torch.device) -> int:
+    """Memory of this process now, counted as `peak_memory_bytes` counts; its peak where the system tells no more."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return peak_memory_bytes(device)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Device, processes, precision, versions and commit of this run."""
     device = accelerator.device

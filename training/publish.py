@@ -23,10 +23,14 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from checkpointing import FOLDER as CHECKPOINTS
+from model_card import LOCATION
 from saving import RESULTS_FILE
 
-_REQUIRED = (RESULTS_FILE, "config.json", "model.safetensors", "preprocessor_config.json", "README.md")
-_LEFT_OUT = (CHECKPOINTS, "logs", "nonfinite_step_*", "*.partial", "__pycache__", ".*")
+_CARD = "README.md"
+_REQUIRED = (RESULTS_FILE, "config.json", "model.safetensors", "preprocessor_config.json", _CARD)
+# Of trackers
+LOGS = "logs"
+_LEFT_OUT = (CHECKPOINTS, LOGS, "*tfevents*", "nonfinite_step_*", "*.partial", "__pycache__", ".*")
 _SEARCHED_BYTES = 1_000_000
 _TAG = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 # The client waits for an answer forever. No answer of the Hub takes this long.
@@ -90,7 +94,10 @@ def publish_folder(folder: Path, repo_id: str, tag: str | None = None) -> str:
         check_tag(tag)
     api = _connect(repo_id)
     _refuse_token(files, api.token)
-    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations = [CommitOperationAdd(name, path) for name, path in files.items() if name != _CARD]
+    # Readers load it from the Hub
+    card = files[_CARD].read_text().replace(LOCATION, repo_id)
+    operations.append(CommitOperationAdd(_CARD, card.encode()))
     command = shlex.join(["python", "training/publish.py", str(folder), repo_id])
     same_command = command if tag is None else f"{command} --tag {tag}"
     tag = tag or _default_tag(files)

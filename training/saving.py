@@ -87,10 +87,8 @@ def check_output_folder(path: Path, is_resumed: bool = False) -> None:
                 "go on with it, or another folder"
             )
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    try:
-        Path(tempfile.mkdtemp(dir=existing)).rmdir()
-    except OSError as error:
-        raise ValueError(f"--output_dir {path}: {existing} cannot be written, {error.strerror}") from error
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {path}: {existing} cannot be written")
 
 
 def save_release(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, results: dict[str, Any]) -> None:

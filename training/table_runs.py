@@ -51,10 +51,8 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The run as a process."""
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-        launch += [f"--mixed_precision={self.flags['mixed_precision']}", "--dynamo_backend=no"]
-        return [*launch, str(Path(__file__).parent / "train.py"), *self.words]
+        """The run as a process; without accelerate's launcher, which would not wait for a checkpoint that is saved."""
+        return [sys.executable, str(Path(__file__).parent / "train.py"), *self.words]
 
     def results(self) -> dict[str, Any] | None:
         """What the finished run reports, or None if it is not finished.
@@ -112,7 +110,7 @@ def launch(run: Run) -> int:
         try:
             return process.wait()
         except BaseException:
-            # To the launcher and to train.py, which saves a checkpoint before it leaves
+            # It saves a checkpoint before it leaves
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise

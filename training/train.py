@@ -12,9 +12,9 @@ import sys
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
@@ -32,13 +32,15 @@ from model_card import PLOT_FILE
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
 from pixels import CachedImages, DecodedImages, StreamedImages
 from provenance import environment
-from publish import prepare_repository, publish_folder
+from publish import LOGS, prepare_repository, publish_folder
 from run_plot import plot_run
 from saving import check_output_folder, release_files, save_release
 from streaming import StreamLoader
 from trainer import Trainer
 from training_arguments import TrainingArguments, binding_arguments
 
+# The average of the weights is a copy of the model, and the release is saved by one process.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # Images of a stream among which the next one is drawn
 _SHUFFLE_BUFFER = 10_000
 
@@ -142,6 +144,12 @@ def _stream(
     )
 
 
+def check_channels(config: FambaVConfig) -> None:
+    """Raise a `ValueError` if the model does not read RGB, which all images are converted to."""
+    if config.num_channels != 3:
+        raise ValueError(f"--num_channels {config.num_channels}: expected 3, images are converted to RGB")
+
+
 def check_trackers(args: TrainingArguments) -> None:
     """Refuse a tracker that is not installed.
 
@@ -172,15 +180,19 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         # The order of the images is a function of seed and epoch
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         log_with=args.report_to if args.with_tracking else None,
-        project_dir=args.output_dir,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / LOGS),
     )
     use_all_cores(accelerator)
     set_seed(args.seed)
-    binding = binding_arguments(args, overrides)
+    if accelerator.distributed_type in _SHARDED:
+        raise ValueError(f"{accelerator.distributed_type.value}: expected a setting that keeps the model whole")
+    binding = {**binding_arguments(args, overrides), "mixed_precision": accelerator.mixed_precision}
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         wanted = args.resume_from_checkpoint, args.output_dir, binding, accelerator.num_processes
         checkpoint = find_checkpoint(*wanted)
+    if args.model_name_or_path is None:
+        check_channels(FambaVConfig(**overrides))
     repository = None
     if args.push_to_hub and accelerator.is_main_process:
         repository = prepare_repository(args.hub_model_id or args.output_dir.name, args.hub_private_repo)
@@ -194,8 +206,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         args.streaming,
     )
     model, processor = create_model(args, overrides, images.label_names)
-    if model.config.num_channels != 3:
-        raise ValueError(f"--num_channels {model.config.num_channels}: expected 3, images are converted to RGB")
+    check_channels(model.config)
     loaders = create_loaders(args, images, processor, accelerator)
     trainer = Trainer(args, binding, accelerator, model, processor, *loaders)
 
@@ -212,18 +223,17 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         # Once, after the last epoch: picking the best of many epochs would be choosing on the split that is reported.
         scores = trainer.evaluate()
         position = trainer.position
-        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         results = {
             **scores,
             "train_loss": trainer.last_loss,
             "train_seconds": position.train_seconds,
-            "images_per_second": position.step * batch_size / position.train_seconds,
+            "images_per_second": position.images / position.train_seconds,
             "peak_memory_bytes": position.peak_memory_bytes,
             "start_memory_bytes": position.start_memory_bytes,
             "sequence_lengths": model.config.sequence_lengths,
             "num_parameters": model.num_parameters(),
             "steps": position.step,
-            "epochs": position.epoch,
+            "epochs": trainer.num_epochs,
             "nonfinite_steps": position.nonfinite_steps,
             "seed": args.seed,
             "scan_backend": selective_scan_backend(next(model.parameters())),

@@ -25,15 +25,23 @@ from transformers import get_scheduler
 from transformers.image_processing_utils import BaseImageProcessor
 
 from augmentation import Augmentation, mixed_cross_entropy
-from checkpointing import checkpoint_path, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
+from checkpointing import (
+    CheckpointError,
+    checkpoint_path,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
 from interruption import Interrupted, Interruption
+from memory import give_back_freed_memory
 from metrics import evaluate
 from metrics_log import MetricsLog
 from modeling_fambav import FambaVForImageClassification
 from modeling_fambav.selective_scan import uses_cpu_kernels
 from optimization import create_optimizer, create_weight_average
 from pixels import normalize
-from provenance import peak_memory_bytes
+from provenance import peak_memory_bytes, used_memory_bytes
 from training_arguments import TrainingArguments
 
 
@@ -45,13 +53,15 @@ class NonFiniteLossError(ValueError):
 class Position:
     """How far a run is. `batch` counts those of the epoch that began last, which is number `epoch`, from 0.
 
-    Memory is the largest before and since the first step, over all processes that the run was resumed by.
+    Memory is what was in use at the start of training and at its peak, the largest over all processes that the run
+    was resumed by.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     train_seconds: float = 0.0
+    images: int = 0
     nonfinite_steps: int = 0
     start_memory_bytes: int = 0
     peak_memory_bytes: int = 0
@@ -102,6 +112,17 @@ class Trainer:
         self.last_loss: float | None = None  # the mean of the last line of the log
         self._stop_signal = 0
 
+    def _batches_per_epoch(self) -> int | None:
+        """Unknown for a stream."""
+        return None if self.args.streaming else len(self.train_loader)
+
+    @property
+    def num_epochs(self) -> float:
+        """Passes over the images so far, not always whole ones."""
+        if self.args.streaming:
+            return self.position.epoch
+        return round(self.position.step / self._steps_per_epoch(), 2)
+
     def _steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_loader) / self.args.gradient_accumulation_steps)
 
@@ -126,7 +147,8 @@ class Trainer:
             Interrupted: if `interruption` has noted a signal; a checkpoint was saved before.
         """
         position, checkpointing_steps = self.position, self.args.checkpointing_steps
-        position.start_memory_bytes = max(position.start_memory_bytes, peak_memory_bytes(self.accelerator.device))
+        give_back_freed_memory()
+        position.start_memory_bytes = max(position.start_memory_bytes, used_memory_bytes(self.accelerator.device))
         log = MetricsLog(self.accelerator, self.args.output_dir, position.step, position.epoch)
         progress = tqdm(
             total=self.num_steps,
@@ -139,6 +161,7 @@ class Trainer:
             for pixels, labels in self._rest_of_epoch():
                 is_update = self._train_batch(pixels, labels, interruption)
                 position.batch += 1
+                position.images += len(labels) * self.accelerator.num_processes
                 if not is_update:
                     continue
                 progress.update()
@@ -237,8 +260,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             save_file({"pixels": pixels.cpu().contiguous(), "labels": labels.cpu()}, folder / "batch.safetensors")
         raise NonFiniteLossError(
-            f"the loss is {loss} at step {step}, learning rate {learning_rate:.2g}; the state before that step and "
-            f"its last batch are in {folder}. Lower --learning_rate, or give --nonfinite_loss skip"
+            f"the loss is {loss} at step {step}, learning rate {learning_rate:.2g}; the weights before that step and "
+            f"its last batch are in {folder}, to look at. Resume with --nonfinite_loss skip, or train anew with a "
+            "lower --learning_rate"
         )
 
     def _record(self, progress: tqdm) -> dict[str, Any]:
@@ -270,6 +294,7 @@ class Trainer:
             "position": dataclasses.asdict(self.position),
             "logged_losses": self._logged_losses,
             "last_loss": self.last_loss,
+            "batches_per_epoch": self._batches_per_epoch(),
             "arguments": self.binding,
         }
 
@@ -282,9 +307,19 @@ class Trainer:
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint that `find_checkpoint` has found."""
-        load_checkpoint(self.accelerator, path)
+        """Go on from a checkpoint that `find_checkpoint` has found.
+
+        Raises:
+            CheckpointError: if it is damaged, or there were other images.
+        """
         state = read_state(path)
+        # Kept images leave corrupt ones out, decoded ones replace them
+        if state["batches_per_epoch"] != self._batches_per_epoch():
+            raise CheckpointError(
+                f"checkpoint {path}: made with {state['batches_per_epoch']} batches per epoch, expected "
+                f"{self._batches_per_epoch()} as in this run; are --dataset_name and --max_cached_mib the same?"
+            )
+        load_checkpoint(self.accelerator, path)
         self.position, self._logged_losses = Position(**state["position"]), state["logged_losses"]
         self.last_loss = state.get("last_loss")
 

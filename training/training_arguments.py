@@ -104,6 +104,8 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= minimum):
                 raise ValueError(f"--{name} {value}: expected a number >= {minimum}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: expected 0 to 2**32 - 1")
         for name in _SHARES:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1)")
@@ -132,6 +134,8 @@ _FREE = {
     "max_eval_samples",
     "max_cached_mib",
     "dataloader_num_workers",
+    "max_corrupt_images",
+    "nonfinite_loss",
     "cpu",
     "release_weights",
     "logging_steps",
@@ -150,4 +154,6 @@ _FREE = {
 def binding_arguments(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint can only be resumed with: flags that shape the run, and the given fields of the model."""
     own = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
+    if args.streaming:  # each worker reads files of its own, so their number is the order of the images
+        own["dataloader_num_workers"] = args.dataloader_num_workers
     return {**own, **{name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}}

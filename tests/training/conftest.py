@@ -1,5 +1,6 @@
 """Keep the tests off the network and out of the user's caches, and a folder of images of many kinds."""
 
+import signal
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,14 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture
+def default_signals():
+    """Ctrl-C is an exception, also where the tests were started in the background, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture

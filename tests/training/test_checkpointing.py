@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpointing
 import train
 import trainer
+from arguments import parse_arguments
 from checkpointing import CheckpointError, find_checkpoint, list_checkpoints, read_state
 from child_process import REPOSITORY
+from training_arguments import TrainingArguments, binding_arguments
 from training_runs import FLAGS, command_line, own_process_state, read_metrics, read_results, train_here, without_time
 
 NUM_STEPS = 10
@@ -166,7 +168,7 @@ def test_run_that_is_asked_to_stop_saves_and_says_so(stopped, whole, tmp_path, n
     assert_same_run(resume_copy(folder, tmp_path), whole)
 
 
-def test_second_signal_acts_at_once():
+def test_second_signal_acts_at_once(default_signals):
     previous = signal.getsignal(signal.SIGINT)
     with train.Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
@@ -511,3 +513,50 @@ def test_checkpoint_holds_the_weights_of_its_step(saved, whole):
     assert last.keys() == released.keys()
     assert all((last[name] == released[name]).all() for name in released)
     assert any((before[name] != released[name]).any() for name in released)
+
+
+# ---- an older checkpoint, other images, another model ----
+
+
+def test_older_checkpoint_than_those_that_are_there_is_refused(folder):
+    older, *_, newest = list_checkpoints(folder)
+    with pytest.raises(CheckpointError, match=f"holds later ones .*{newest.name}.*another --output_dir"):
+        find(str(older), folder)
+    assert find(str(newest), folder) == newest
+
+
+def test_workers_of_a_stream_are_part_of_the_run():
+    # Each worker reads files of its own, so their number is the order of the images.
+    def binding(**flags):
+        words = command_line(dataset_name="images", max_train_steps=1, validation_split="test", **flags)
+        return binding_arguments(*parse_arguments(TrainingArguments, "", words))
+
+    assert binding(dataloader_num_workers=1) == binding(dataloader_num_workers=2)
+    one, two = (binding(streaming=True, dataloader_num_workers=number) for number in (1, 2))
+    assert one != two
+
+
+def test_remedies_that_errors_name_can_be_applied_on_resuming(folder, whole):
+    train_here(folder, **{**RUN, "nonfinite_loss": "skip", "max_corrupt_images": 99}, resume_from_checkpoint="latest")
+    assert_same_run(folder, whole)
+
+
+def test_other_number_of_batches_is_an_error(folder, monkeypatch):
+    path = list_checkpoints(folder)[-1]
+    state = json.loads((path / "trainer_state.json").read_text())
+    state["batches_per_epoch"] += 1
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="batches per epoch, expected .*--max_cached_mib"):
+        train_here(folder, **RUN, resume_from_checkpoint="latest")
+
+
+def test_weights_that_do_not_fit_are_an_error(folder):
+    path = list_checkpoints(folder)[-1]
+    weights = load_file(path / "model.safetensors")
+    # As torch.compile names them
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, path / "model.safetensors")
+    state = json.loads((path / "trainer_state.json").read_text())
+    state["files"]["model.safetensors"] = (path / "model.safetensors").stat().st_size
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="does not fit this model.*torch.compile"):
+        train_here(folder, **RUN, resume_from_checkpoint="latest")

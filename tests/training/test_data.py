@@ -229,3 +229,9 @@ def test_class_too_small_to_set_aside(tmp_path):
         for i in range(count):
             noise(seed=i).save(tmp_path / "train" / label / f"{i}.png")
     assert_refused(["--validation_split"], str(tmp_path))
+
+
+def test_missing_labels_are_refused(tmp_path):
+    rows = {"image": [noise(seed=i) for i in range(4)], "label": ["cat", "dog", None, "cat"]}
+    Dataset.from_dict(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "train.parquet")
+    assert_refused(["--label_column_name label", "image 2"], str(tmp_path))

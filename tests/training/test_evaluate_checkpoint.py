@@ -112,6 +112,8 @@ def test_classes_are_matched_by_name(color_model, monkeypatch, tmp_path):
         (["--fusion_tokens", "0"], "fusion_tokens=0"),
         (["--dataset_name", "./missing"], "--dataset_name ./missing"),
         (["--validation_split", "test"], "--validation_split 'test'"),
+        (["--max_eval_samples", "0"], "--max_eval_samples 0: expected a number >= 1"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0: expected a number >= 1"),
     ],
     ids=str,
 )

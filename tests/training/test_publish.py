@@ -20,6 +20,7 @@ import publish
 from child_process import REPOSITORY, run_python
 from helpers import tiny_config
 from hub_server import CUT, HANG, LOSE, Commit, Fault, HubServer, Repository, User
+from model_card import LOCATION
 from modeling_fambav import FambaVForImageClassification
 from publish import PublishError, prepare_repository, publish_folder
 from saving import save_release
@@ -53,7 +54,8 @@ RESULTS = {
 }
 LEFT_BEHIND = (
     "checkpoints/step_000001/model.safetensors",
-    "logs/events.out",
+    "logs/fambav/run.yml",
+    "fambav/events.out.tfevents.1",
     "nonfinite_step_000007/report.json",
     ".release.x/config.json",
     ".hidden",
@@ -189,7 +191,7 @@ def test_release_is_one_commit_with_a_tag(repository, hub, release):
     expected = {path.name for path in release.glob("*.*") if path.is_file()} - set(LEFT_BEHIND)
     assert {"modeling_fambav.py", "metrics.jsonl", "model.safetensors", "all_results.json"} < expected
     assert repository.main.files.keys() == expected | {".gitattributes"}
-    for name in expected:
+    for name in expected - {"README.md"}:  # in which the name of the repository is filled in
         assert repository.main.files[name] == (release / name).read_bytes(), name
 
 
@@ -486,6 +488,13 @@ def test_offline_mode(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "offline mode is on, expected HF_HUB_OFFLINE not to be set" in error_of(prepare_repository, "tiny", False)
     assert hub.requests == []
+
+
+def test_card_on_the_hub_names_the_repository(repository, folder):
+    assert LOCATION in (folder / "README.md").read_text()
+    publish_folder(folder, "ann/tiny")
+    card = repository.main.files["README.md"].decode()
+    assert 'model="ann/tiny"' in card and LOCATION not in card
 
 
 # ---- from training to the Hub in one command ----

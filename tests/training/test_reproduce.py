@@ -386,7 +386,7 @@ def test_only_table_1_has_vim_s(capsys):
     assert "only table 1 has Vim-S" in capsys.readouterr().err
 
 
-def test_stopping_the_table_stops_the_run(tmp_path, monkeypatch):
+def test_stopping_the_table_stops_the_run(tmp_path, monkeypatch, default_signals):
     child = (
         "import os, pathlib, signal, sys, time\n"
         "def save(number, frame):\n"

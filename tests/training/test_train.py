@@ -285,7 +285,7 @@ BAD_FLAGS = [
     ({"learning_rat": 1}, ["--learning_rat", "'--learning_rate'"]),
     ({"config": "missing.yaml"}, ["missing.yaml"]),
     ({"seed": "one"}, ["--seed", "one"]),
-    ({"seed": -1}, ["eed", "0 and 2**32 - 1"]),
+    ({"seed": -1}, ["--seed -1", "0 to 2**32 - 1"]),
     ({"num_train_epochs": 0}, ["--num_train_epochs 0", ">= 1"]),
     ({"max_train_steps": 0}, ["--max_train_steps 0", ">= 1"]),
     ({"max_eval_samples": 0}, ["--max_eval_samples 0", ">= 1"]),
