@@ -6,7 +6,7 @@ For every image NAME.EXT it writes to `--output_dir`
     NAME_fusion.png        the image as the model sees it, then for each layer that fuses all patches of a token in
                            their average colour, outlined; patches of one token need not touch
     NAME_similarity.png    cosine similarity between the normed tokens that enter each layer
-    NAME_fusion.gif        with `--gif`: the tiles of the first one after another
+    NAME_fusion.gif        with `--gif`: the same layers as an animation beside the image
 
 Layers are counted from 1, as in the paper and in the other pictures of this repository.
 """
@@ -141,10 +141,19 @@ def write_pictures(
 
     if gif:
         files.append(folder / f"{stem}_fusion.gif")
-        frames = [Image.fromarray(tile_figure([tile], [title], heading)) for tile, title in zip(tiles, titles)]
-        durations = [_FRAME_MILLISECONDS] * (len(frames) - 1) + [_LAST_FRAME_MILLISECONDS]
-        frames[0].save(files[-1], save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        write_animation(tiles, titles, heading, files[-1])
     return files
+
+
+def write_animation(tiles: Sequence[np.ndarray], titles: Sequence[str], heading: Sequence[str], path: Path) -> None:
+    """Write a GIF that shows the first tile, and beside it the others one after another."""
+    shown = [[0, number] for number in range(1, len(tiles))] or [[0]]
+    frames = [
+        Image.fromarray(tile_figure([tiles[number] for number in pair], [titles[number] for number in pair], heading))
+        for pair in shown
+    ]
+    durations = [_FRAME_MILLISECONDS] * (len(frames) - 1) + [_LAST_FRAME_MILLISECONDS]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def no_fusion(config: FambaVConfig) -> str:
