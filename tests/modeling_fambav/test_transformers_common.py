@@ -1,4 +1,4 @@
-"""transformers' own common tests (`ModelTesterMixin`, `BackboneTesterMixin`, `ConfigTester`) on small, fusing models."""
+"""transformers' own common tests (`ModelTesterMixin`, `BackboneTesterMixin`, `ConfigTester`), run on small models."""
 
 import copy
 import unittest
