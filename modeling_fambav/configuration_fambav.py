@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 # The paper gives its budgets for 24 layers; other depths use the same fraction of the stack.
@@ -53,7 +54,7 @@ def _auto_or_integer(value: Any) -> None:
 
 
 @strict
-class FambaVConfig(PreTrainedConfig):
+class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`FambaVModel`]: Vision Mamba (Vim) with cross-layer token fusion.
 
@@ -96,6 +97,11 @@ class FambaVConfig(PreTrainedConfig):
             tokens, odd tokens.
         fusion_scale_time_step (`bool`):
             Multiply the time step of a fused token by the number of patches it stands for.
+        out_features (`list[str]`, *optional*):
+            Feature maps that [`FambaVBackbone`] returns, of `"stem"` (the patch embeddings), `"stage1"`, ...,
+            `"stageL"` (the layers). The last one if neither this nor `out_indices` is given.
+        out_indices (`list[int]`, *optional*):
+            The same as indices into `stage_names`; negative ones count from the end.
 
     Example:
 
@@ -156,7 +162,9 @@ class FambaVConfig(PreTrainedConfig):
                 "AutoConfig": "configuration_fambav.FambaVConfig",
                 "AutoModel": "modeling_fambav.FambaVModel",
                 "AutoModelForImageClassification": "modeling_fambav.FambaVForImageClassification",
+                "AutoBackbone": "modeling_fambav.FambaVBackbone",
             }
+        self._set_stages(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -202,6 +210,29 @@ class FambaVConfig(PreTrainedConfig):
     def patch_grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an input of `height` x `width` pixels."""
         return tuple((side - self.patch_size) // self.patch_stride + 1 for side in (height, width))
+
+    # ---- stages of a backbone ----
+
+    def _set_stages(self, out_features: list[str] | None, out_indices: list[int] | None) -> None:
+        # What nobody asked for is not fixed here: a config that is given another depth would name a missing stage.
+        self._out_features = self._out_indices = None
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the feature maps that a backbone can return: before the first and after every layer."""
+        return ["stem", *(f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1))]
+
+    @BackboneConfigMixin.out_features.getter
+    def out_features(self) -> list[str]:
+        """Names of the feature maps that a backbone returns."""
+        return self.stage_names[-1:] if self._out_features is None else self._out_features
+
+    @BackboneConfigMixin.out_indices.getter
+    def out_indices(self) -> list[int]:
+        """Indices of these maps in `stage_names`."""
+        return [self.num_hidden_layers] if self._out_indices is None else self._out_indices
 
     # ---- token fusion ----
 

@@ -1,7 +1,7 @@
 """Famba-V in PyTorch: Vision Mamba (Vim) with cross-layer token fusion.
 
 The file reads in the direction of the data: pixel_values -> patches (`FambaVEmbeddings`) -> layers (`FambaVLayer`:
-norm, fuse, mix) -> `FambaVModel` -> logits (`FambaVForImageClassification`).
+norm, fuse, mix) -> `FambaVModel` -> logits (`FambaVForImageClassification`) or feature maps (`FambaVBackbone`).
 
 Glossary
     B, T, D    batch, tokens (class token included), hidden_size
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -27,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .bidirectional_scan import bidirectional_scan
 from .configuration_fambav import FambaVConfig
 from .rms_norm import rms_norm
-from .token_fusion import match_tokens
+from .token_fusion import match_tokens, unmerge
 
 
 @dataclass
@@ -100,12 +101,13 @@ class FambaVEmbeddings(nn.Module):
         """Returns the tokens `(B, T, D)` and the index of the class token."""
         positions = self._positions(*pixel_values.shape[-2:], interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values)
-        class_index = self._class_index(patches.shape[1])
+        class_index = self.class_index_of(patches.shape[1])
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat((patches[:, :class_index], cls_token, patches[:, class_index:]), dim=1)
         return self.dropout(tokens + positions), class_index
 
-    def _class_index(self, num_patches: int) -> int:
+    def class_index_of(self, num_patches: int) -> int:
+        """Where the class token stands among this many patches, before any fusion."""
         return 0 if self.config.cls_token_position == "head" else num_patches // 2
 
     def _positions(self, height: int, width: int, interpolate_pos_encoding: bool) -> Tensor:
@@ -126,12 +128,12 @@ class FambaVEmbeddings(nn.Module):
     def _interpolated_positions(self, grid: tuple[int, int]) -> Tensor:
         """Bicubic interpolation of the patches' position embeddings; the class token keeps its own."""
         rows, columns = self.config.patch_grid
-        index = self._class_index(rows * columns)
+        index = self.class_index_of(rows * columns)
         before, class_position, after = self.position_embeddings.tensor_split((index, index + 1), dim=1)
         patches = torch.cat((before, after), dim=1).mT.unflatten(2, (rows, columns))
         patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
         patches = patches.flatten(2).mT.to(class_position.dtype)
-        index = self._class_index(patches.shape[1])
+        index = self.class_index_of(patches.shape[1])
         return torch.cat((patches[:, :index], class_position, patches[:, index:]), dim=1)
 
 
@@ -428,4 +430,66 @@ class FambaVForImageClassification(FambaVPreTrainedModel):
         )
 
 
-__all__ = ["FambaVForImageClassification", "FambaVModel", "FambaVPreTrainedModel"]
+# It stands in this file because a saved folder carries the file of the saved class and what that imports: the folder
+# of a classifier must hold the backbone too.
+class FambaVBackbone(BackboneMixin, FambaVPreTrainedModel):
+    """Famba-V for dense tasks: a feature map over the full grid of patches from every requested stage.
+
+    `"stem"` is the residual stream before the first layer, `"stage1"` to `"stageL"` are that after each layer. Fused
+    tokens are given back to all the patches that they stand for, so detection and segmentation heads see a grid
+    whatever was fused.
+    """
+
+    has_attentions = False
+    # The heads of other checkpoints, and the norm before them
+    _keys_to_ignore_on_load_unexpected = [r"^(fambav\.)?norm\.weight$", r"^classifier\."]
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__(config)
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self.fambav = FambaVModel(config)
+        # The maps are read before the final norm, and a parameter without a gradient stops distributed training.
+        self.fambav.norm = nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """Compute feature maps.
+
+        Args:
+            pixel_values (`Tensor` of shape `(B, C, H, W)`): preprocessed images.
+            interpolate_pos_encoding (`bool`):
+                allow another image size than `config.image_size`. On by default, unlike in [`FambaVModel`], because
+                dense tasks bring images of many sizes and their heads do not pass this argument on.
+            output_hidden_states (`bool`, *optional*): also return the residual stream, with the tokens fused.
+
+        Returns:
+            `BackboneOutput` with `feature_maps`, one `(B, D, H', W')` per entry of `config.out_features`, where
+            H' x W' is `config.patch_grid_of(H, W)`, in the dtype of the weights.
+
+        Raises:
+            ValueError: as [`FambaVModel.forward`].
+        """
+        outputs = self.fambav(pixel_values, interpolate_pos_encoding, output_token_maps=True, **kwargs)
+        grid = self.config.patch_grid_of(*pixel_values.shape[-2:])
+        class_index = self.fambav.embeddings.class_index_of(math.prod(grid))
+        first_map = torch.arange(math.prod(grid) + 1, device=pixel_values.device).expand(len(pixel_values), -1)
+        token_maps = (first_map, *outputs.token_maps)
+
+        feature_maps = ()
+        for index in self.config.out_indices:
+            token_map = token_maps[index]
+            patch_map = torch.cat((token_map[:, :class_index], token_map[:, class_index + 1 :]), dim=1)
+            patches = unmerge(outputs.hidden_states[index], patch_map)
+            feature_maps += (patches.mT.unflatten(2, grid).to(self.dtype),)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+
+
+__all__ = ["FambaVBackbone", "FambaVForImageClassification", "FambaVModel", "FambaVPreTrainedModel"]

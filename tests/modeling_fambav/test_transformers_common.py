@@ -1,4 +1,4 @@
-"""transformers' own common model tests (`ModelTesterMixin`, `ConfigTester`), run on small models that fuse tokens."""
+"""transformers' own common tests (`ModelTesterMixin`, `BackboneTesterMixin`, `ConfigTester`), run on small models."""
 
 import copy
 import unittest
@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
-from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel
+from modeling_fambav import FambaVBackbone, FambaVConfig, FambaVForImageClassification, FambaVModel
 from modeling_fambav.modeling_fambav import FambaVPatchEmbeddings
 from transformers_common_tests import NotAvailableError, prepare_common_tests
 
@@ -23,6 +23,7 @@ except NotAvailableError as error:
 modeling_auto.MODEL_MAPPING_NAMES["fambav"] = "FambaVModel"
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["fambav"] = "FambaVForImageClassification"
 
+from transformers_tests.test_backbone_common import BackboneTesterMixin  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor  # noqa: E402
 
@@ -135,3 +136,12 @@ class FambaVUnfusedModelTest(FambaVModelTest):
 
     fusion_fields = {"fusion_strategy": "none"}
     expected_sequence_lengths = [17, 17]
+
+
+class FambaVBackboneTest(BackboneTesterMixin, unittest.TestCase):
+    all_model_classes = (FambaVBackbone,)
+    config_class = FambaVConfig
+    has_attentions = False
+
+    def setUp(self):
+        self.model_tester = FambaVModelTester(fusion_strategy="upper", fusion_tokens=2)

@@ -1,0 +1,30 @@
+"""The segmentation example at a small scale: drawn labels, the spread tokens, and unmerging wins."""
+
+import torch
+
+from segment_shapes import CLASSES, compare, draw_shapes, parse_arguments, spread_over_grid, table
+
+
+def test_shapes_are_where_their_labels_say():
+    pixels, labels = draw_shapes(200, image_size=32, seed=3)
+    assert pixels.shape == (200, 3, 32, 32) and labels.shape == (200, 32, 32)
+    assert set(labels.unique().tolist()) == set(range(len(CLASSES)))
+    assert (labels.flatten(1) > 0).any(1).float().mean() > 0.9
+    strength = pixels.abs().mean(1)
+    assert strength[labels == 0].mean() < 0.3 and strength[labels > 0].mean() > 0.7
+    again, _ = draw_shapes(200, image_size=32, seed=3)
+    assert torch.equal(again, pixels)
+    assert not torch.equal(draw_shapes(200, image_size=32, seed=4)[0], pixels)
+
+
+def test_tokens_are_spread_evenly():
+    tokens = torch.arange(3.0).view(1, 3, 1)
+    assert spread_over_grid(tokens, (2, 3)).tolist() == [[[[0, 0, 1], [1, 2, 2]]]]
+
+
+def test_unmerging_wins():
+    scale = ["--steps=60", "--num_images=256", "--image_size=32", "--batch_size=16", "--fusion_tokens=10"]
+    results = compare(parse_arguments(scale))
+    assert results["fusion, unmerged"].sequence_lengths == [65, 55, 45, 35]
+    assert results["fusion, unmerged"].mean_iou > results["fusion, spread"].mean_iou + 5
+    assert len(table(results).splitlines()) == 5
