@@ -58,7 +58,7 @@ def sweep(
     Args:
         config: configuration of the model that is measured; after every row it is what it was.
         settings: fusion fields, see `sweep_settings`.
-        measure: top1, top5 (percent) and images_per_second of the model as it is configured when called.
+        measure: top1, top5 (percent), images_per_second and speedup of the model as it is configured when called.
 
     Yields:
         a row with the fusion fields, what was measured, tokens per layer, their mean, and the tokens left at the end.
@@ -84,8 +84,9 @@ def markdown(report: dict[str, Any]) -> str:
     text = [
         f"## {report['model']}: accuracy and speed by fusion\n",
         f"{rows[0]['validation_images']} images of {report['arguments']['dataset_name']}; images/s of the forward "
-        f"pass, warm, at batch size {report['batch_size']}. Measured on {report['device']}, scan backend "
-        f"{report['scan_backend']}; {versions}; commit {report['git_commit']}.\n",
+        f"pass, warm, at batch size {report['batch_size']}; times as fast as without fusion, measured in turn with "
+        f"it. Measured on {report['device']}, scan backend {report['scan_backend']}; {versions}; commit "
+        f"{report['git_commit']}.\n",
     ]
     if len(rows) < report["settings"]:
         text.append(f"**{len(rows)} of {report['settings']} rows are measured.**\n")
@@ -99,6 +100,7 @@ def _table_row(row: dict[str, Any]) -> dict[str, str]:
         "top-1, %": f"{row['top1']:.2f}",
         "top-5, %": f"{row['top5']:.2f}",
         "images/s": f"{row['images_per_second']:.0f}",
+        "times as fast": "" if row["tokens"] is None else f"{row['speedup']:.2f}",
         "tokens per layer": f"{row['mean_tokens']:.1f}",
         "tokens left": f"{row['tokens_left']}",
     }

@@ -108,6 +108,7 @@ def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_pa
             name: single[name] for name in ("top1", "top5", "sequence_lengths")
         }
         assert row["images_per_second"] == pytest.approx(16 / (sum(row["sequence_lengths"]) / 1000))
+        assert row["speedup"] == pytest.approx(51 / sum(row["sequence_lengths"]))
     assert (tmp_path / "results" / "evaluation.md").read_text() in printed
     assert (tmp_path / "results" / "evaluation.png").exists()
 
