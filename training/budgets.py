@@ -41,6 +41,12 @@ def fused_layers(strategy: str, num_layers: int, start_layer: int | None = None)
     return [layer for layer, tokens in enumerate(schedule) if tokens > 0]
 
 
+def even_order(layers: list[int]) -> list[int]:
+    """Layers in an order of which any number of the first ones lie evenly among the others."""
+    # As the smallest of the multiples of the golden ratio, modulo 1, do
+    return [layer for _, layer in sorted((place * _GOLDEN_RATIO % 1, layer) for place, layer in enumerate(layers))]
+
+
 def spread(total: int, layers: list[int], num_layers: int, num_tokens: int) -> list[int]:
     """Share the tokens to remove among layers, as evenly as the shrinking sequence allows.
 
@@ -59,8 +65,7 @@ def spread(total: int, layers: list[int], num_layers: int, num_tokens: int) -> l
     Raises:
         ValueError: if these layers cannot remove so many tokens.
     """
-    # Of the multiples of the golden ratio, modulo 1, any number of the smallest lie evenly among the others.
-    order = [layer for _, layer in sorted((place * _GOLDEN_RATIO % 1, layer) for place, layer in enumerate(layers))]
+    order = even_order(layers)
     requested = [0] * num_layers
     config = FambaVConfig(num_hidden_layers=num_layers, fusion_strategy="custom", fusion_schedule=[1] * num_layers)
     for _ in range(num_tokens):

@@ -4,96 +4,96 @@
 
 Prints top-1 and top-5 accuracy in percent, and writes them to `--output_file` with all that they depend on. Without
 `--validation_split` it scores the fifth of the training split that training with the same `--seed` has set aside.
+
+    python training/evaluate_checkpoint.py outputs/demo/none --sweep all upper --sweep_tokens 2 4 8
+    python training/evaluate_checkpoint.py outputs/demo/none --target_speedup 1.5
+    python training/evaluate_checkpoint.py outputs/demo/none --target_tokens 0.5 --fusion_strategy lower
+
+`--sweep` scores without fusion and with every strategy and number of tokens asked for, and leaves a table and a plot
+beside `--output_file`. A target finds how much fusion it takes, and scores with that.
 """
 
 import argparse
 import json
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
-from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 
 from arguments import add_model_flags, config_overrides
-from data import LabeledImages, load_labeled_images
+from data import load_labeled_images
+from forward_speed import measured_speedup
+from fusion_settings import STRATEGIES, set_fusion, with_fusion
+from fusion_sweep import markdown, sweep, sweep_settings, write_report
+from fusion_targets import fusion_for_speedup, fusion_for_token_share, token_share
 from memory import keep_freed_memory
-from metrics import evaluate
-from modeling_fambav import FambaVConfig, selective_scan_backend
-from pixels import CachedImages, normalize
+from modeling_fambav import selective_scan_backend
 from provenance import environment
-
-logger = logging.get_logger(__name__)
-
-
-def load_classifier(name: str, fusion: dict[str, Any]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained model and its image processor, with these fusion fields instead of its own.
-
-    Raises:
-        ValueError: if the model is not one of ours, or a field has a wrong value.
-        OSError: if there is no such model.
-    """
-    model = AutoModelForImageClassification.from_pretrained(name)
-    if model.config.model_type != FambaVConfig.model_type:
-        raise ValueError(f"{name}: expected a fambav model, this is {model.config.model_type!r}")
-    fields = model.config.to_dict()
-    if "fusion_strategy" in fusion:  # the checkpoint's layers and schedule belong to its own strategy
-        fields.update(fusion_start_layer=None, fusion_end_layer=None, fusion_schedule=None)
-    # A new configuration, so that fields that go together are checked together
-    model.config.update(FambaVConfig(**{**fields, **fusion}).to_dict())
-    return model, AutoImageProcessor.from_pretrained(name)
+from scoring import Scorer, load_classifier
 
 
-def label_indices(label_names: list[str], model: PreTrainedModel) -> list[int]:
-    """The model's index of every class of a dataset, by name.
+def find_fusion(scorer: Scorer, strategy: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """The fusion that reaches `--target_tokens` or `--target_speedup`, and what it does.
+
+    Args:
+        scorer: its model and its first batch are what is measured.
+        strategy: the model's own if None; `"upper"` where that has no number of tokens per layer.
+        args: the command line, with one of the two targets.
+
+    Returns:
+        the fusion fields, the share of the tokens that they leave, and how many times as fast as without fusion they
+        make the forward pass, measured once more.
 
     Raises:
-        ValueError: if the model does not know a class.
+        ValueError: if the strategy does not reach the target.
     """
-    known = {str(name): int(index) for name, index in model.config.label2id.items()}
-    unknown = [name for name in label_names if name not in known]
-    if not unknown:
-        return [known[name] for name in label_names]
-    has_default_names = all(name == f"LABEL_{index}" for name, index in known.items())
-    if has_default_names and len(known) == len(label_names):
-        logger.warning(f"the model names none of its {len(known)} classes; they are taken in the order of the dataset")
-        return list(range(len(label_names)))
-    raise ValueError(f"class {unknown[0]!r} of the dataset: expected one of the model's, {sorted(known)}")
+    model, pixel_values = scorer.model, scorer.pixel_values
+    if strategy is None:
+        strategy = model.config.fusion_strategy if model.config.fusion_strategy in STRATEGIES else "upper"
+    if args.target_tokens is not None:
+        fusion = fusion_for_token_share(model.config, args.target_tokens, strategy)
+    else:
+        fusion = fusion_for_speedup(model, pixel_values, args.target_speedup, strategy, measured_speedup)
+    return {
+        "fusion": fusion,
+        "token_share": token_share(with_fusion(model.config, fusion)),
+        "speedup": measured_speedup(model, pixel_values, fusion),
+    }
 
 
-def score(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    images: LabeledImages,
-    accelerator: Accelerator,
-    batch_size: int,
-    max_samples: int | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Accuracy in percent, images and images/s on the validation images; `seed` chooses `max_samples` of them."""
-    dataset = images.validation
-    if max_samples is not None:
-        dataset = dataset.shuffle(seed=seed).select(range(min(max_samples, len(dataset))))
-    tensors = CachedImages(dataset, images.image_column, images.label_column, processor)
-    tensors.labels = torch.tensor(label_indices(images.label_names, model))[tensors.labels]
-    loader = DataLoader(tensors, batch_size, collate_fn=lambda batch: batch)
-    model, loader = accelerator.prepare(model, loader)
-    with torch.inference_mode():  # kernels are compiled at the first call, which is no part of the speed
-        model.eval()(normalize(tensors.pixels[:1].to(accelerator.device), processor))
-    started = time.perf_counter()
-    scores = evaluate(model, loader, processor, accelerator)
-    seconds = time.perf_counter() - started
-    return {**scores, "validation_images": len(tensors), "images_per_second": len(tensors) / seconds}
+def found_sentence(found: dict[str, Any]) -> str:
+    """One line on a result of `find_fusion`, with the flags that give the same fusion."""
+    words = []
+    for name, value in found["fusion"].items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return (
+        f"found {' '.join(words)}: {found['token_share']:.1%} of the tokens, {found['speedup']:.2f} times as fast as "
+        "without fusion"
+    )
 
 
-def main() -> None:
+def check_flags(args: argparse.Namespace, fusion: dict[str, Any]) -> None:
+    """Raises ValueError if a number is out of range, or flags contradict each other."""
+    for name in ("max_eval_samples", "per_device_eval_batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected a number >= 1")
+    if args.sweep_tokens is not None and args.sweep is None:
+        raise ValueError("--sweep_tokens: expected --sweep with it")
+    modes = [name for name in ("sweep", "target_speedup", "target_tokens") if getattr(args, name) is not None]
+    if not modes:
+        return
+    chosen = {"fusion_tokens", "fusion_start_layer", "fusion_end_layer", "fusion_schedule"}
+    if args.sweep is not None:
+        chosen.add("fusion_strategy")
+    if given := sorted(chosen & fusion.keys()):
+        raise ValueError(f"--{given[0]}: --{modes[0]} chooses it, expected one of the two")
+
+
+def parse_command_line() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags of this script, and the fusion fields that were given."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -109,16 +109,53 @@ def main() -> None:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is an accelerator")
     parser.add_argument("--output_file", type=Path, default=Path("outputs/evaluation.json"), help="where to write")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--sweep", nargs="*", choices=STRATEGIES, help="score without fusion and with these strategies, all if empty"
+    )
+    modes.add_argument("--target_speedup", type=float, help="score with the least fusion that is so many times faster")
+    modes.add_argument(
+        "--target_tokens", type=float, help="score with the fusion that leaves this share of the tokens"
+    )
+    parser.add_argument("--sweep_tokens", type=int, nargs="+", help="numbers of tokens per layer that --sweep tries")
     add_model_flags(parser, prefix="fusion_")
     args = parser.parse_args()
-    fusion = config_overrides(args)
+    return args, config_overrides(args)
+
+
+def run_sweep(args: argparse.Namespace, scorer: Scorer, conditions: dict[str, Any]) -> None:
+    """Score with every fusion asked for, print the table, and write it after every row."""
+    config = scorer.model.config
+    settings = sweep_settings(config, args.sweep or STRATEGIES, args.sweep_tokens)
+    report = {
+        "model": args.model,
+        "batch_size": len(scorer.pixel_values),
+        "settings": len(settings),
+        **conditions,
+        "rows": [],
+    }
+    try:
+        for row in sweep(config, settings, scorer.score_and_time):
+            report["rows"].append(row)
+            write_report(report, args.output_file)
+    except KeyboardInterrupt:
+        # Not through sys.exit(text), whose exit code is always 1
+        sys.stderr.write(f"stopped after {len(report['rows'])} of {len(settings)} rows; see {args.output_file}\n")
+        sys.exit(128 + signal.SIGINT)
+    print(markdown(report))
+
+
+def main() -> None:
+    args, fusion = parse_command_line()
     keep_freed_memory()
     try:
-        for name in ("max_eval_samples", "per_device_eval_batch_size"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                raise ValueError(f"--{name} {value}: expected a number >= 1")
+        check_flags(args, fusion)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
+        if accelerator.num_processes > 1 and (args.sweep is not None or args.target_speedup is not None):
+            raise ValueError("--sweep and --target_speedup measure one process, expected a launch with one")
+        has_target = args.target_speedup is not None or args.target_tokens is not None
+        strategy = fusion.pop("fusion_strategy", None) if has_target else None
         model, processor = load_classifier(args.model, fusion)
         images = load_labeled_images(
             args.dataset_name,
@@ -129,7 +166,22 @@ def main() -> None:
             args.seed,
         )
         batch_size, max_samples = args.per_device_eval_batch_size, args.max_eval_samples
-        scores = score(model, processor, images, accelerator, batch_size, max_samples, args.seed)
+        scorer = Scorer(model, processor, images, accelerator, batch_size, max_samples, args.seed)
+        conditions = {
+            "scan_backend": selective_scan_backend(next(model.parameters())),
+            "arguments": {
+                name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+            },
+            **environment(accelerator),
+        }
+        if args.sweep is not None:
+            run_sweep(args, scorer, conditions)
+            return
+        found = None
+        if has_target:
+            found = find_fusion(scorer, strategy, args)
+            set_fusion(model.config, found["fusion"])
+        scores = scorer.score()
     except (ValueError, StrictDataclassError, OSError) as error:
         sys.exit(f"error: {error}")
     if not accelerator.is_main_process:
@@ -137,12 +189,13 @@ def main() -> None:
     results = {
         "model": args.model,
         **scores,
+        "found": found,
         "sequence_lengths": model.config.sequence_lengths,
-        "scan_backend": selective_scan_backend(next(model.parameters())),
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        **environment(accelerator),
+        **conditions,
     }
     args.output_file.write_text(json.dumps(results, indent=2) + "\n")
+    if found is not None:
+        print(found_sentence(found))
     print(
         f"{args.model}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['validation_images']} "
         f"images, {scores['images_per_second']:.0f} images/s, fusion {model.config.fusion_strategy}, tokens per layer "

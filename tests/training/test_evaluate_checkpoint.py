@@ -13,7 +13,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import evaluate_checkpoint
+import scoring
 from data import load_labeled_images
+from fusion_settings import UNFUSED, fused
 from helpers import tiny_config
 from modeling_fambav import FambaVForImageClassification
 
@@ -76,6 +78,107 @@ def test_fusion_can_be_another_one(model_folder, monkeypatch, tmp_path, flags, l
     assert results["sequence_lengths"] == lengths
 
 
+def by_tokens(model, pixel_values, fusions) -> list[float]:
+    """Stands for `forward_seconds`: a millisecond per token."""
+    seconds = []
+    for fusion in fusions:
+        with fused(model.config, fusion):
+            seconds.append(sum(model.config.sequence_lengths) / 1000)
+    return seconds
+
+
+def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(scoring, "forward_seconds", by_tokens)
+    common = [model_folder, "--max_eval_samples", 40, "--per_device_eval_batch_size", 16]
+    report = run(monkeypatch, tmp_path, *common, "--sweep", "upper", "all", "--sweep_tokens", 4, 1)
+    printed = capsys.readouterr().out
+    rows = report["rows"]
+    assert [(row["strategy"], row["tokens"]) for row in rows] == [
+        ("none", None),
+        ("upper", 1),
+        ("upper", 4),
+        ("all", 1),
+        ("all", 4),
+    ]
+    assert len({row["top1"] for row in rows}) > 1
+    for row in rows:
+        flags = ["--fusion_strategy", row["strategy"], *(["--fusion_tokens", row["tokens"]] if row["tokens"] else [])]
+        single = run(monkeypatch, tmp_path, *common, *flags)
+        assert {name: row[name] for name in ("top1", "top5", "sequence_lengths")} == {
+            name: single[name] for name in ("top1", "top5", "sequence_lengths")
+        }
+        assert row["images_per_second"] == pytest.approx(16 / (sum(row["sequence_lengths"]) / 1000))
+        assert row["speedup"] == pytest.approx(51 / sum(row["sequence_lengths"]))
+    assert (tmp_path / "results" / "evaluation.md").read_text() in printed
+    assert (tmp_path / "results" / "evaluation.png").exists()
+
+
+def test_sweep_that_is_stopped_leaves_what_it_measured(model_folder, monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def stopped(model, pixel_values, fusions):
+        calls.append(fusions)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return by_tokens(model, pixel_values, fusions)
+
+    monkeypatch.setattr(scoring, "forward_seconds", stopped)
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, "--sweep", "all", "--sweep_tokens", 1, 2, 3)
+    assert end.value.code == 130 and "stopped after 2 of 4 rows" in capsys.readouterr().err
+    report = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert [row["tokens"] for row in report["rows"]] == [None, 1]
+
+
+@pytest.mark.parametrize(
+    "flags, strategy",
+    [
+        (["--target_tokens", 0.7], "upper"),  # the model has a schedule, which is no strategy
+        (["--target_tokens", 0.7, "--fusion_strategy", "all"], "all"),
+        (["--target_speedup", 1.5, "--fusion_strategy", "lower"], "lower"),
+    ],
+    ids=str,
+)
+def test_targets_are_found_and_scored(model_folder, monkeypatch, tmp_path, capsys, flags, strategy):
+    def speedup(model, pixel_values, fusion):
+        unfused, ours = by_tokens(model, pixel_values, [UNFUSED, fusion])
+        return unfused / ours
+
+    monkeypatch.setattr(evaluate_checkpoint, "measured_speedup", speedup)
+    results = run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, *flags)
+    printed = capsys.readouterr().out
+    found = results["found"]
+    assert found["token_share"] == pytest.approx(sum(results["sequence_lengths"]) / (3 * 17))
+    assert found["speedup"] == pytest.approx(1 / found["token_share"])
+    if "--target_tokens" in flags:
+        assert found["token_share"] == pytest.approx(0.7, abs=0.02)
+    else:
+        assert found["speedup"] >= 1.5 and found["fusion"]["fusion_strategy"] == strategy
+    fused_layers = [
+        before > after for before, after in zip([17, *results["sequence_lengths"]], results["sequence_lengths"])
+    ]
+    assert fused_layers == {"upper": [False, True, True], "all": [True] * 3, "lower": [True, True, False]}[strategy]
+    # What is printed can be pasted behind the command
+    words = printed.split("found ")[1].split(":")[0].split()
+    again = run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, *words)
+    assert again["sequence_lengths"] == results["sequence_lengths"] and again["top1"] == results["top1"]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--sweep", "--sweep_tokens", "2", "0"], "fusion_tokens=0"),
+        (["--target_tokens", "0.1"], "'upper' fusion of this model leaves at least"),
+        (["--target_speedup", "0.5"], "speedup 0.5: expected a number above 1"),
+    ],
+    ids=str,
+)
+def test_impossible_fusion_is_an_error_of_one_line(model_folder, monkeypatch, tmp_path, words, expected):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, *words)
+    assert end.value.code.startswith("error: ") and expected in end.value.code
+
+
 def write_colors(folder, names) -> None:
     """Three images of each colour, classes in this order."""
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(names))})
@@ -114,6 +217,9 @@ def test_classes_are_matched_by_name(color_model, monkeypatch, tmp_path):
         (["--validation_split", "test"], "--validation_split 'test'"),
         (["--max_eval_samples", "0"], "--max_eval_samples 0: expected a number >= 1"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0: expected a number >= 1"),
+        (["--sweep_tokens", "1"], "--sweep_tokens: expected --sweep with it"),
+        (["--sweep", "--fusion_strategy", "all"], "--fusion_strategy: --sweep chooses it"),
+        (["--target_tokens", "0.5", "--fusion_tokens", "2"], "--fusion_tokens: --target_tokens chooses it"),
     ],
     ids=str,
 )
