@@ -108,6 +108,17 @@ def add_repository(hub: HubServer, name: str = "ann/tiny", **fields) -> Reposito
     return hub.repositories[name]
 
 
+def client_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+    """What makes the client of another process talk to this Hub as ann."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
 def messages(repository: Repository) -> list[str]:
     return [commit.message for commit in repository.commits]
 
@@ -131,13 +142,7 @@ def test_published_model_loads_where_this_package_is_not_installed(hub, release,
     }
     (tmp_path / "ann").mkdir()
     save_file(inputs, tmp_path / "ann" / "inputs.safetensors")  # where the script below looks for it
-    environment = {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    environment = client_environment(hub, tmp_path)
     process = run_python(
         REPOSITORY / "training" / "publish.py", release, "tiny", "--private", "--tag", "v1", **environment
     )
@@ -501,13 +506,7 @@ def test_card_on_the_hub_names_the_repository(repository, folder):
 
 
 def test_training_publishes_what_it_trained(hub, tmp_path):
-    environment = {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    environment = client_environment(hub, tmp_path)
     flags = command_line(**{**FLAGS, "max_train_steps": 4, "push_to_hub": True, "hub_private_repo": True})
     folder = tmp_path / "my-digits"
     process = run_python(REPOSITORY / "training" / "train.py", *flags, "--output_dir", folder, **environment)
