@@ -30,14 +30,15 @@ from transformers import ViTConfig, ViTForImageClassification
 from memory import give_back_freed_memory, keep_freed_memory
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, set_selective_scan_backend
 from modeling_fambav.selective_scan import selective_scan
-from provenance import environment
+from paper_tables import TABLE_1_TOKENS
+from provenance import environment, status_bytes
 from tables import markdown_table
 
 _WIDTHS = {"ti": 192, "s": 384}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL_R = "Ti geometry, upper, few tokens removed per layer"  # the table that asks when fusion begins to pay
 # The paper's budgets at 224 px; other image sizes remove the same share of their tokens.
-_PAPER_TOKENS = {"none": 9, "all": 7, "interleaved": 14, "lower": 9, "upper": 9}
+_PAPER_TOKENS = {"none": 9, **TABLE_1_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -264,16 +265,11 @@ def _print_peak(case: Case) -> None:
     del warm
     give_back_freed_memory()
     keep_freed_memory()
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     for _ in range(3):
         subject.step()
-    print(_status_bytes("VmHWM") - before)
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    print(status_bytes("VmHWM") - before)
 
 
 # ---- suites: a title and the cases that are measured against each other ----

@@ -28,10 +28,19 @@ def used_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        return status_bytes("VmRSS")
     except OSError:
         return peak_memory_bytes(device)
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as VmRSS (in use) or VmHWM (peak).
+
+    Raises:
+        OSError: if the system has no such file, which Linux has.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -321,7 +321,7 @@ class Trainer:
             )
         load_checkpoint(self.accelerator, path)
         self.position, self._logged_losses = Position(**state["position"]), state["logged_losses"]
-        self.last_loss = state.get("last_loss")
+        self.last_loss = state["last_loss"]
 
     def _stop(self, progress: tqdm) -> None:
         path = self.save_checkpoint()

@@ -69,7 +69,7 @@ def trace_fusion(model: PreTrainedModel, processor: BaseImageProcessor, image: I
         normalize(pixels.unsqueeze(0), processor), output_token_maps=True, output_hidden_states=True
     )
     grid = config.patch_grid_of(*pixels.shape[1:])
-    class_index = 0 if config.cls_token_position == "head" else grid[0] * grid[1] // 2
+    class_index = model.fambav.embeddings.class_index_of(grid[0] * grid[1])
     probability, index = outputs.logits[0].float().softmax(dim=0).max(dim=0)
     return FusionTrace(
         pixels=pixels.permute(1, 2, 0).numpy(),
