@@ -227,6 +227,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
             **scores,
             "train_loss": trainer.last_loss,
             "train_seconds": position.train_seconds,
+            "processor_seconds": position.processor_seconds,
             "images_per_second": position.images / position.train_seconds,
             "peak_memory_bytes": position.peak_memory_bytes,
             "start_memory_bytes": position.start_memory_bytes,

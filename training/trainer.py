@@ -53,7 +53,8 @@ class NonFiniteLossError(ValueError):
 class Position:
     """How far a run is. `batch` counts those of the epoch that began last, which is number `epoch`, from 0.
 
-    Memory is what was in use at the start of training and at its peak, the largest over all processes that the run
+    Processor seconds are those of the cores that this process used: unlike the seconds that passed, they hardly change
+    when other work shares the machine. Memory is what was in use at the start of training and at its peak, the largest over all processes that the run
     was resumed by.
     """
 
@@ -61,6 +62,7 @@ class Position:
     epoch: int = 0
     batch: int = 0
     train_seconds: float = 0.0
+    processor_seconds: float = 0.0
     images: int = 0
     nonfinite_steps: int = 0
     start_memory_bytes: int = 0
@@ -157,7 +159,7 @@ class Trainer:
             disable=not self.accelerator.is_local_main_process,
         )
         while position.step < self.num_steps:
-            started = time.perf_counter()
+            started, processor_started = time.perf_counter(), time.process_time()
             for pixels, labels in self._rest_of_epoch():
                 is_update = self._train_batch(pixels, labels, interruption)
                 position.batch += 1
@@ -165,8 +167,8 @@ class Trainer:
                 if not is_update:
                     continue
                 progress.update()
-                now = time.perf_counter()
-                position.train_seconds += now - started
+                position.train_seconds += time.perf_counter() - started
+                position.processor_seconds += time.process_time() - processor_started
                 if position.step % self.args.logging_steps == 0:
                     log.write(self._record(progress))
                 if position.step == self.num_steps:
@@ -175,7 +177,7 @@ class Trainer:
                     self.save_checkpoint()
                 if self._stop_signal:
                     self._stop(progress)
-                started = time.perf_counter()
+                started, processor_started = time.perf_counter(), time.process_time()
             if position.batch == 0:
                 raise ValueError(
                     f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: expected at most the "
