@@ -1,4 +1,4 @@
-"""Run a table of the paper, and write what comes out beside what the paper reports.
+"""Run a table of the paper, and write what comes out beside what the paper reports; or our ablation of fusion.
 
     python training/reproduce.py --table 1 --scale nano --dataset_name path/to/cifar100
 
@@ -12,7 +12,7 @@ when the same command is given again; runs that are finished are only read. All 
 
 Scales: `paper` (224 px, 24 layers, 300 epochs), `native32` (the same model on 32 px), `nano` (a small model on 32 px,
 for a laptop) and `quick` (seconds; says nothing about accuracy). At all of them a strategy removes the same share of
-the tokens as in the paper.
+the tokens as in the paper. `--table ablation` varies how tokens are fused, which the paper leaves open.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paper_tables import SCALES, WIDTH_FACTORS, Cell, table_cells
+from paper_tables import SCALES, TABLES, WIDTH_FACTORS, Cell, table_cells
 from table_report import duration, make_report, write_report
 from table_runs import Run, launch, log_tail, table_runs
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", type=int, choices=(1, 2, 3), required=True, help="table of the paper")
+    parser.add_argument("--table", choices=TABLES, required=True, help="table of the paper, or ours")
     parser.add_argument("--scale", choices=SCALES, default="nano", help="size of images, model and run")
     parser.add_argument("--backbone", choices=WIDTH_FACTORS, default="ti", help="Vim-Ti or Vim-S, twice as wide")
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="runs per cell, with seeds 0 to K-1")
@@ -38,8 +38,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of all runs")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="folder of all tables")
     args = parser.parse_args(argv)
-    if args.backbone == "s" and args.table != 1:
-        parser.error("--backbone s: only table 1 has Vim-S")
+    if args.backbone == "s" and args.table not in ("1", "ablation"):
+        parser.error("--backbone s: only table 1 and the ablation have Vim-S")
     for name in ("seeds", "epochs"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -75,8 +75,11 @@ def choose_runs(cells: list[Cell], runs: dict[str, list[Run]], names: list[str] 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    name = f"table{args.table}_{args.scale}" + ("_s" if args.backbone == "s" else "")
-    title = f"Table {args.table}, Vim-{args.backbone.capitalize()}, scale {args.scale}"
+    is_paper = args.table != "ablation"
+    name = (f"table{args.table}" if is_paper else args.table) + f"_{args.scale}{'_s' if args.backbone == 's' else ''}"
+    title = (
+        f"{f'Table {args.table}' if is_paper else 'Ablation'}, Vim-{args.backbone.capitalize()}, scale {args.scale}"
+    )
     folder, flags = args.output_dir / name, shared_flags(args)
     cells = table_cells(args.table, flags, args.backbone)
     runs = table_runs(cells, range(args.seeds), flags, folder)

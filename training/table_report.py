@@ -16,7 +16,7 @@ from tables import markdown_table
 
 NOT_RUN = "not run"
 # Measures that train.py reports
-_REPORTED = ("top1", "top5", "ema_top1", "train_seconds", "peak_memory_bytes")
+_REPORTED = ("top1", "top5", "ema_top1", "train_seconds", "processor_seconds", "peak_memory_bytes")
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]] | None:
@@ -67,18 +67,21 @@ def make_report(cells: list[Cell], runs: dict[str, list[Run]], flags: dict[str, 
                 "fusion": cell.fusion,
                 "tokens_removed": config.tokens_removed,
                 "sequence_lengths": config.sequence_lengths,
-                "paper": {**dataclasses.asdict(cell.paper), "train_seconds": cell.paper.train_seconds},
+                "paper": cell.paper and {**dataclasses.asdict(cell.paper), "train_seconds": cell.paper.train_seconds},
                 "seeds_finished": len(finished),
                 "measured": summarize(finished),
                 "runs": run_records,
             }
         )
+    # A CPU does other work too: the time that the run itself took of it is what compares
+    on_cpu = any(condition["device"].startswith("cpu") for condition in conditions)
+    time_measure = "processor_seconds" if on_cpu else "train_seconds"
     for record in records:
-        record["saved"] = _savings(record, records[0])
-    return {"conditions": conditions, "cells": records}
+        record["saved"] = _savings(record, records[0], time_measure)
+    return {"time_measure": time_measure, "conditions": conditions, "cells": records}
 
 
-def _savings(record: dict[str, Any], none: dict[str, Any]) -> dict[str, float | None]:
+def _savings(record: dict[str, Any], none: dict[str, Any], time_measure: str) -> dict[str, float | None]:
     """Shares of what the cell without fusion takes; the tokens are the limit for the time."""
 
     def saved(value: float, of: float) -> float:
@@ -86,14 +89,17 @@ def _savings(record: dict[str, Any], none: dict[str, Any]) -> dict[str, float | 
 
     savings = {
         "tokens": saved(sum(record["sequence_lengths"]), sum(none["sequence_lengths"])),
-        "paper_time": saved(record["paper"]["train_seconds"], none["paper"]["train_seconds"]),
-        "paper_memory": saved(record["paper"]["peak_memory"], none["paper"]["peak_memory"]),
+        "paper_time": None,
+        "paper_memory": None,
         "time": None,
         "memory": None,
     }
+    if record["paper"] is not None:
+        for name, measure in (("paper_time", "train_seconds"), ("paper_memory", "peak_memory")):
+            savings[name] = saved(record["paper"][measure], none["paper"][measure])
     ours, reference = record["measured"], none["measured"]
     if ours is not None and reference is not None:
-        for name, measure in (("time", "train_seconds"), ("memory", "peak_memory_bytes")):
+        for name, measure in (("time", time_measure), ("memory", "peak_memory_bytes")):
             savings[name] = saved(ours[measure]["mean"], reference[measure]["mean"])
     return savings
 
@@ -110,12 +116,18 @@ def markdown(title: str, report: dict[str, Any]) -> str:
         )
     if len(report["conditions"]) > 1:
         text.append("**Not all cells were measured under the same conditions: times and memory may not compare.**\n")
+    if records[0]["paper"] is not None:
+        text.append(
+            "Columns of the paper are its numbers, measured at 224 px on an A100 over 300 epochs; it gives no unit of "
+            "memory.\n"
+        )
+    time = "processor time" if report["time_measure"] == "processor_seconds" else "time"
     text += [
-        "Columns of the paper are its numbers, measured at 224 px on an A100 over 300 epochs; it gives no unit of "
-        "memory. Ours are means over seeds, ± the standard deviation where there are several.\n",
+        "Ours are means over seeds, ± the standard deviation where there are several. Processor time is what the run "
+        "took of the cores, whatever else they did meanwhile.\n",
         markdown_table([_result_row(record) for record in records]),
-        "\n### Saved of the time and memory without fusion\n",
-        "The limit is the share of tokens that the layers do not see.\n",
+        f"\n### Saved of the {time} and memory without fusion\n",
+        "The limit for the time is the share of tokens that the layers do not see.\n",
         markdown_table([_savings_row(record) for record in records]),
         "\n### Tokens per layer\n",
         markdown_table([_tokens_row(record) for record in records]),
@@ -129,20 +141,27 @@ def markdown(title: str, report: dict[str, Any]) -> str:
 
 def _result_row(record: dict[str, Any]) -> dict[str, str]:
     paper = record["paper"]
-    return {
+    row = {
         "cell": record["title"],
         "seeds": f"{record['seeds_finished']} of {len(record['runs'])}" if record["same_as"] is None else "",
         "top-1, %": _measured(record, "top1", "{:.2f}".format),
-        "top-1, paper": f"{paper['top1']}",
+        "top-1, paper": paper and f"{paper['top1']}",
         "top-5, %": _measured(record, "top5", "{:.2f}".format),
-        "top-5, paper": f"{paper['top5']}",
+        "top-5, paper": paper and f"{paper['top5']}",
         "top-1 of averaged weights, %": _measured(record, "ema_top1", "{:.2f}".format),
         "training time": _measured(record, "train_seconds", duration),
-        "time, paper": paper["training_time"],
+        "processor time": _measured(record, "processor_seconds", duration),
+        "time, paper": paper and paper["training_time"],
         "peak memory, MiB": _measured(record, "peak_memory_bytes", _mebibytes),
         "of it for training": _measured(record, "training_memory_bytes", _mebibytes),
-        "memory, paper": f"{paper['peak_memory']}",
+        "memory, paper": paper and f"{paper['peak_memory']}",
     }
+    return _without_missing(row)
+
+
+def _without_missing(row: dict[str, str | None]) -> dict[str, str]:
+    """A table that the paper does not have, has no columns of the paper."""
+    return {name: text for name, text in row.items() if text is not None}
 
 
 def _mebibytes(value: float) -> str:
@@ -167,14 +186,15 @@ def _savings_row(record: dict[str, Any]) -> dict[str, str]:
             return f"same as {record['same_as']}"
         return NOT_RUN if saved[name] is None else f"{saved[name]:.1%}"
 
-    return {
+    row = {
         "cell": record["title"],
         "time": ours("time"),
         "limit": f"{saved['tokens']:.1%}" if record["same_as"] is None else "",
-        "time, paper": f"{saved['paper_time']:.1%}",
+        "time, paper": record["paper"] and f"{saved['paper_time']:.1%}",
         "memory": ours("memory"),
-        "memory, paper": f"{saved['paper_memory']:.1%}",
+        "memory, paper": record["paper"] and f"{saved['paper_memory']:.1%}",
     }
+    return _without_missing(row)
 
 
 def _tokens_row(record: dict[str, Any]) -> dict[str, str]:
@@ -202,7 +222,9 @@ def plot(title: str, report: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    quantities = {"train_seconds": ("training time, s", 1), "peak_memory_bytes": ("peak memory, MiB", 2**20)}
+    time_measure = report["time_measure"]
+    time_label = "processor time, s" if time_measure == "processor_seconds" else "training time, s"
+    quantities = {time_measure: (time_label, 1), "peak_memory_bytes": ("peak memory, MiB", 2**20)}
     for axis, (name, (label, unit)) in zip(axes, quantities.items()):
         for record in report["cells"]:
             if record["measured"] is None:

@@ -54,8 +54,8 @@ class Position:
     """How far a run is. `batch` counts those of the epoch that began last, which is number `epoch`, from 0.
 
     Processor seconds are those of the cores that this process used: unlike the seconds that passed, they hardly change
-    when other work shares the machine. Memory is what was in use at the start of training and at its peak, the largest over all processes that the run
-    was resumed by.
+    when other work shares the machine. Memory is what was in use at the start of training and at its peak, the largest
+    over all processes that the run was resumed by.
     """
 
     step: int = 0

@@ -51,6 +51,7 @@ def hand_made_results(run: Run, **changes: Any) -> dict[str, Any]:
         "top5": top1 + 40,
         "ema_top1": top1 + 2,
         "train_seconds": seconds + 10 * run.seed,
+        "processor_seconds": 1.5 * seconds,
         "peak_memory_bytes": mebibytes * 2**20,
         "start_memory_bytes": 300 * 2**20,
         "sequence_lengths": FambaVConfig(**overrides).sequence_lengths,
@@ -107,14 +108,14 @@ def markdown_rows(folder: Path, header: str) -> dict[str, dict[str, str]]:
 
 def test_cells_at_224_px_are_those_of_the_paper():
     flags = paper_tables.SCALES["paper"]
-    assert {cell.name: cell.fusion for cell in table_cells(1, flags, "ti")} == {
+    assert {cell.name: cell.fusion for cell in table_cells("1", flags, "ti")} == {
         "none": {"fusion_strategy": "none"},
         "all": {"fusion_strategy": "all", "fusion_tokens": 7},
         "interleaved": {"fusion_strategy": "interleaved", "fusion_tokens": 14},
         "lower": {"fusion_strategy": "lower", "fusion_tokens": 9},
         "upper": {"fusion_strategy": "upper", "fusion_tokens": 9},
     }
-    table_2 = {cell.name: cell for cell in table_cells(2, flags, "ti")}
+    table_2 = {cell.name: cell for cell in table_cells("2", flags, "ti")}
     assert table_2["start15"].fusion == {
         "fusion_strategy": "upper",
         "fusion_tokens": 15,
@@ -123,7 +124,7 @@ def test_cells_at_224_px_are_those_of_the_paper():
     assert table_2["start2"].fusion == {"fusion_strategy": "upper", "fusion_tokens": 7, "fusion_start_layer": 1}
     assert list(table_2) == ["none", *(f"start{start}" for start in range(15, 1, -1))]
     assert all(cell.same_as is None for cell in table_2.values())
-    table_3 = {cell.name: cell.fusion for cell in table_cells(3, flags, "ti")}
+    table_3 = {cell.name: cell.fusion for cell in table_cells("3", flags, "ti")}
     assert table_3 == {
         "none": {"fusion_strategy": "none"},
         **{f"r{r}": {"fusion_strategy": "upper", "fusion_tokens": r} for r in range(9, 0, -1)},
@@ -136,9 +137,11 @@ def test_the_papers_rows_that_are_the_same_run_have_the_same_numbers():
 
 
 @pytest.mark.parametrize("scale", paper_tables.SCALES)
-@pytest.mark.parametrize(("table", "backbone"), [(1, "ti"), (1, "s"), (2, "ti"), (3, "ti")])
+@pytest.mark.parametrize(
+    ("table", "backbone"), [("1", "ti"), ("1", "s"), ("2", "ti"), ("3", "ti"), ("ablation", "ti"), ("ablation", "s")]
+)
 def test_every_cell_is_a_command_that_train_py_reads(scale, table, backbone):
-    words = ["--table", str(table), "--scale", scale, "--backbone", backbone]
+    words = ["--table", table, "--scale", scale, "--backbone", backbone]
     flags = reproduce.shared_flags(reproduce.parse(words))
     cells = table_cells(table, flags, backbone)
     runs = table_runs.table_runs(cells, [0, 1], flags, Path("table"))
@@ -159,7 +162,7 @@ def test_vim_s_is_twice_as_wide():
 
 
 def test_starting_layers_that_coincide_are_run_once():
-    cells = {cell.name: cell for cell in table_cells(2, paper_tables.SCALES["nano"], "ti")}
+    cells = {cell.name: cell for cell in table_cells("2", paper_tables.SCALES["nano"], "ti")}
     same_as = {name: cell.same_as for name, cell in cells.items() if cell.same_as is not None}
     assert same_as == {
         "start14": "start13",
@@ -193,6 +196,7 @@ def test_report_has_the_numbers_of_the_runs_beside_those_of_the_paper(failing, t
             "top5": {"mean": top1 + 40, "std": None},
             "ema_top1": {"mean": top1 + 2, "std": None},
             "train_seconds": {"mean": seconds, "std": None},
+            "processor_seconds": {"mean": 1.5 * seconds, "std": None},
             "peak_memory_bytes": {"mean": mebibytes * 2**20, "std": None},
             "training_memory_bytes": {"mean": (mebibytes - 300) * 2**20, "std": None},
         }
@@ -214,6 +218,7 @@ def test_report_has_the_numbers_of_the_runs_beside_those_of_the_paper(failing, t
         "top-5, paper": "90.5",
         "top-1 of averaged weights, %": "51.00",
         "training time": "70.0 s",
+        "processor time": "0:01:45",
         "time, paper": "4:08:40",
         "peak memory, MiB": "800",
         "of it for training": "500",
@@ -235,6 +240,32 @@ def test_savings_stand_beside_the_limit_that_the_tokens_set(failing, tmp_path):
     assert rows["upper"]["time, paper"] == "8.9%"  # 4:08:40 of 4:33:02
     assert rows["upper"]["memory, paper"] == "27.8%"  # 5996 of 8302
     assert rows["no fusion"]["time"] == rows["no fusion"]["limit"] == "0.0%"
+
+
+def test_time_saved_is_that_of_the_processor_on_a_cpu_and_of_the_clock_on_a_gpu(failing, tmp_path, monkeypatch):
+    def results(run: Run, device: str) -> dict[str, Any]:
+        return hand_made_results(run, device=device, processor_seconds=200.0 if run.cell == "none" else 50.0)
+
+    for device, share, name in (("cpu: a processor", "75.0%", "processor time"), ("cuda: a GPU", "30.0%", "time")):
+        monkeypatch.setattr(Run, "results", lambda run, device=device: results(run, device))
+        folder = reproduce_quick(tmp_path / name)
+        assert markdown_rows(folder, "limit")["upper"]["time"] == share
+        assert f"### Saved of the {name} and memory without fusion" in (folder / "table.md").read_text()
+
+
+def test_ablation_varies_fusion_and_has_no_columns_of_the_paper(failing, tmp_path):
+    reproduce.main(["--table", "ablation", "--scale", "quick", "--output_dir", str(tmp_path)])
+    folder = tmp_path / "ablation_quick"
+    cells = read_cells(folder)
+    assert list(cells) == ["none", *paper_tables.ABLATION]
+    upper = cells["upper"]["fusion"]
+    for name, (_, fields) in paper_tables.ABLATION.items():
+        assert cells[name]["fusion"] == {**upper, **fields}
+        assert cells[name]["sequence_lengths"] == cells["upper"]["sequence_lengths"]
+        defaults = FambaVConfig()
+        assert all(value != getattr(defaults, field) for field, value in fields.items())
+    assert "paper" not in (folder / "table.md").read_text()
+    assert markdown_rows(folder, "limit")["appended order, as published"].keys() == {"cell", "time", "limit", "memory"}
 
 
 def test_mean_and_deviation_over_seeds(failing, tmp_path):
@@ -380,10 +411,10 @@ def test_wrong_arguments_are_refused(failing, tmp_path, capsys, words, message):
     assert message in f"{exit_info.value.code} {capsys.readouterr().err}"
 
 
-def test_only_table_1_has_vim_s(capsys):
+def test_tables_2_and_3_have_no_vim_s(capsys):
     with pytest.raises(SystemExit):
         reproduce.parse(["--table", "2", "--backbone", "s"])
-    assert "only table 1 has Vim-S" in capsys.readouterr().err
+    assert "only table 1 and the ablation have Vim-S" in capsys.readouterr().err
 
 
 def test_stopping_the_table_stops_the_run(tmp_path, monkeypatch, default_signals):
