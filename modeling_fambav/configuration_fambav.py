@@ -17,6 +17,13 @@ _PAPER_NUM_LAYERS = 24
 _PAPER_LOWER_END_LAYER = 19
 _PAPER_UPPER_START_LAYER = 5
 
+# The sizes of Vim: all of 24 layers and state size 16, so that only the width tells them apart.
+_PRESETS = {
+    "vim-ti": {"hidden_size": 192},
+    "vim-s": {"hidden_size": 384},
+    "vim-b": {"hidden_size": 768},
+}
+
 
 def _integer(minimum: int) -> Callable[[Any], None]:
     """Validator of an optional integer that must be at least `minimum`."""
@@ -170,6 +177,21 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_unknown_fusion_fields({name: value})
         super().__setattr__(name, value)
+
+    @classmethod
+    def from_preset(cls, name: str, **fields) -> "FambaVConfig":
+        """Configuration of one of Vim's sizes: `"vim-ti"` (7 million parameters), `"vim-s"` (26) or `"vim-b"` (98).
+
+        Args:
+            name: name of the size.
+            fields: fields of the configuration that shall differ from it.
+
+        Raises:
+            ValueError: if there is no such size, or a field is wrong.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"preset {name!r}: expected one of {list(_PRESETS)}")
+        return cls(**{**_PRESETS[name], **fields})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

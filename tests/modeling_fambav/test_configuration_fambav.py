@@ -386,3 +386,24 @@ def test_an_invalid_file_is_refused(tmp_path):
 def test_a_misspelt_fusion_field_cannot_be_assigned():
     with pytest.raises(INVALID, match="fusion_token=3"):
         FambaVConfig().fusion_token = 3
+
+
+# ---- presets ----
+
+
+def test_presets_are_the_sizes_of_vim():
+    assert FambaVConfig.from_preset("vim-ti").to_dict() == FambaVConfig().to_dict()
+    widths = [FambaVConfig.from_preset(name).hidden_size for name in ("vim-ti", "vim-s", "vim-b")]
+    assert widths == [192, 384, 768]
+
+
+def test_fields_given_with_a_preset_win():
+    config = FambaVConfig.from_preset("vim-s", fusion_tokens=5, hidden_size=400, num_labels=7)
+    assert (config.fusion_tokens, config.hidden_size, config.num_labels) == (5, 400, 7)
+    with pytest.raises(INVALID, match="fusion_strategy"):
+        FambaVConfig.from_preset("vim-s", fusion_strategy="upwards")
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=re.escape("preset 'vim-xl': expected one of ['vim-ti', 'vim-s', 'vim-b']")):
+        FambaVConfig.from_preset("vim-xl")

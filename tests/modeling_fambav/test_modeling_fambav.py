@@ -582,11 +582,19 @@ def test_initial_time_steps_are_floored():
     assert time_step.max() < 0.21
 
 
-@pytest.mark.parametrize("hidden_size, millions", [(192, 7.0), (384, 25.5)])
-def test_number_of_parameters(hidden_size, millions):
+@pytest.mark.parametrize("name, millions", [("vim-ti", 7.1), ("vim-s", 25.8), ("vim-b", 97.6)])
+def test_number_of_parameters(name, millions):
     with torch.device("meta"):
-        model = FambaVForImageClassification(FambaVConfig(hidden_size=hidden_size, num_labels=100))
+        model = FambaVForImageClassification(FambaVConfig.from_preset(name, num_labels=1000))
     assert round(model.num_parameters() / 1e6, 1) == millions
+
+
+def test_a_deep_model_starts_with_signals_and_gradients_of_ordinary_size():
+    model = make_model(FambaVForImageClassification, num_hidden_layers=96, fusion_tokens=1)
+    logits = model(images()).logits
+    assert logits.std() < 1
+    norms = [norm.item() for name, gradient in gradients(model, images()).items() if (norm := gradient.norm()) > 0]
+    assert max(norms) < 100
 
 
 # ---- torch.compile ----

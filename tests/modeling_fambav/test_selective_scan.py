@@ -1,6 +1,7 @@
 """The selective scan and the convolution: every backend against golden numbers and against the float64 reference."""
 
 import functools
+import math
 import multiprocessing
 import os
 import subprocess
@@ -205,6 +206,66 @@ def test_dt_scale_multiplies_the_time_step_and_gets_no_gradient(backend):
     for name in ("x", "dt", "B", "C"):
         repeated[name] = silent[name][:, :, [0, 1, 2, 2, 2, 3]]
     torch.testing.assert_close(selective_scan(**silent)[:, 3], selective_scan(**repeated)[:, 5])
+
+
+# ---- a fused token with its time step scaled, against the tokens that it stands for ----
+
+
+def last_states(time_step: float, copies: int, input_size: float = 1.0) -> dict[str, Tensor]:
+    """Last states (E, N) of the float64 scan of five tokens and then of a token that occurs `copies` times.
+
+    Args:
+        time_step: delta of the repeated token.
+        copies: how often it occurs.
+        input_size: factor of its input; 0 leaves nothing but the decay of the state before it.
+
+    Returns:
+        states at the end of the unfused sequence (`"repeated"`), and with one token in place of all copies, its time
+        step times their number (`"scaled"`) and as it was (`"unscaled"`).
+    """
+    inputs = in_float64(scan_inputs(1, 1, 6, 3, 4))
+    inputs.update(z=None, dt_bias=None, dt_scale=None)
+    inputs["x"][:, :, -1] *= input_size
+    inputs["dt"][:, :, -1] = math.log(math.expm1(time_step))  # before the softplus
+    by_token = ("x", "dt", "B", "C")
+    repeated = {
+        name: torch.cat((tensor, tensor[:, :, -1:].expand(-1, -1, copies - 1, -1)), dim=2)
+        if name in by_token
+        else tensor
+        for name, tensor in inputs.items()
+    }
+    scale = torch.ones(1, 6, dtype=torch.float64)
+    scale[:, -1] = copies
+    sequences = {"repeated": repeated, "scaled": {**inputs, "dt_scale": scale}, "unscaled": inputs}
+    return {name: selective_scan_reference(**sequence)[1][0, 0] for name, sequence in sequences.items()}
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_a_scaled_time_step_decays_the_state_exactly_as_the_unfused_tokens_do(copies):
+    # exp(delta A)^k = exp(k delta A), however long the step is
+    for time_step in (0.01, 1.0, 10.0):
+        states = last_states(time_step, copies, input_size=0)
+        torch.testing.assert_close(states["scaled"], states["repeated"], rtol=1e-12, atol=1e-15)
+    states = last_states(1.0, copies, input_size=0)
+    assert (states["unscaled"] - states["repeated"]).abs().max() > 0.1 * states["repeated"].abs().max()
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_the_error_of_a_scaled_time_step_falls_with_its_square(copies):
+    # Mamba discretises B by Euler's rule: k copies add delta B x (1 + a + ... + a^(k-1)), with a = exp(delta A), and
+    # one scaled token adds k delta B x. They differ by about k (k - 1) / 2 |A| delta^2 B x. Without scaling k - 1 of
+    # the k terms are missing, an error of the first order.
+    def errors(time_step: float) -> tuple[float, float]:
+        states = last_states(time_step, copies)
+        return tuple((states[name] - states["repeated"]).abs().max().item() for name in ("scaled", "unscaled"))
+
+    (scaled, unscaled), (scaled_half, unscaled_half) = errors(1e-3), errors(5e-4)
+    assert scaled / scaled_half == pytest.approx(4, rel=0.02)
+    assert unscaled / unscaled_half == pytest.approx(2, rel=0.02)
+    assert scaled < 0.01 * unscaled
+
+
+# ---- layouts and gradients ----
 
 
 def non_contiguous(tensor: Tensor, kind: str) -> Tensor:

@@ -272,11 +272,11 @@ def test_average_can_be_released_instead_of_the_last_weights(tmp_path):
 
 
 def test_bf16_stays_finite_and_learns(tmp_path):
-    flags = {**RUN, "max_train_steps": 36, "mixed_precision": "bf16", "evaluation_epochs": None}
+    flags = {**RUN, "max_train_steps": 200, "mixed_precision": "bf16", "evaluation_epochs": None}
     results = train_here(tmp_path / "out", **flags)
     losses = [record["train_loss"] for record in read_metrics(tmp_path / "out") if "train_loss" in record]
-    assert len(losses) == 36 and all(map(math.isfinite, losses))
-    assert losses[-1] < losses[0] - 0.1
+    assert len(losses) == 200 and all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 1
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
     assert (results["mixed_precision"], results["nonfinite_steps"]) == ("bf16", 0)
