@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -91,9 +92,18 @@ def check_output_folder(path: Path, is_resumed: bool = False) -> None:
         raise ValueError(f"--output_dir {path}: {existing} cannot be written")
 
 
-def save_release(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, results: dict[str, Any]) -> None:
-    """Write what a user needs to load and to judge a model: weights, code, processor, results and card."""
-    model.save_pretrained(folder)
+def save_release(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    results: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write what a user needs to load and to judge a model: weights, code, processor, results and card.
+
+    `dtype` is that of the file. The configuration keeps the model's, so that it is loaded as it was scored.
+    """
+    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
     processor.save_pretrained(folder)
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     create_card(model.config, results).save(folder / "README.md")

@@ -220,6 +220,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         accelerator.init_trackers("fambav", config={name: str(value) for name, value in binding.items()})
     with Interruption() as interruption:
         trainer.train(interruption)
+        release_dtype = getattr(torch, args.release_dtype)
+        trainer.round_weights(release_dtype)
         # Once, after the last epoch: picking the best of many epochs would be choosing on the split that is reported.
         scores = trainer.evaluate()
         position = trainer.position
@@ -249,7 +251,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         if accelerator.is_main_process:
             weights = trainer.weight_average.module if args.release_weights == "average" else trainer.model
             with release_files(args.output_dir) as folder:
-                save_release(folder, accelerator.unwrap_model(weights), processor, results)
+                save_release(folder, accelerator.unwrap_model(weights), processor, results, release_dtype)
                 plot_run(read_log(args.output_dir), model.config.sequence_lengths, folder / PLOT_FILE)
         accelerator.wait_for_everyone()
         accelerator.end_training()

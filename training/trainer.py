@@ -281,6 +281,13 @@ class Trainer:
             progress.set_postfix(loss=f"{record['train_loss']:.3f}")
         return record
 
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Round the weights and their average to this format, so that what is scored is what is released."""
+        for model in (self.model, self.weight_average.module):
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the weights and of their average on the validation split, in percent."""
         arguments = self.validation_loader, self.processor, self.accelerator

@@ -13,6 +13,7 @@ _CHOICES = {
     "mixed_precision": (None, "no", "fp16", "bf16"),
     "nonfinite_loss": ("stop", "skip"),
     "release_weights": ("last", "average"),
+    "release_dtype": ("float32", "bfloat16"),
 }
 _MINIMUMS = {
     "num_train_epochs": 1,
@@ -86,6 +87,7 @@ class TrainingArguments:
     # what is kept
     output_dir: Path = _flag(Path("outputs/run"), "folder for the trained model and its results")
     release_weights: str = _flag("last", "weights of the released model: those of the last step, or their average")
+    release_dtype: str = _flag("float32", "numbers that the released weights are rounded to; bfloat16 halves the file")
     logging_steps: int = _flag(50, "optimizer steps per line of metrics.jsonl")
     evaluation_epochs: int | None = _flag(None, "score after every so many epochs, beside the last")
     checkpointing_steps: int | str | None = _flag(None, "optimizer steps between checkpoints, or 'epoch'")
@@ -138,6 +140,7 @@ _FREE = {
     "nonfinite_loss",
     "cpu",
     "release_weights",
+    "release_dtype",
     "logging_steps",
     "evaluation_epochs",
     "checkpointing_steps",

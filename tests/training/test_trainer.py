@@ -281,3 +281,18 @@ def test_bf16_stays_finite_and_learns(tmp_path):
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
     assert (results["mixed_precision"], results["nonfinite_steps"]) == ("bf16", 0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_weights_released_in_bfloat16_score_what_is_reported(tmp_path):
+    flags = {**RUN, "evaluation_epochs": None, "release_dtype": "bfloat16"}
+    results = train_here(tmp_path / "rounded", **flags)
+    weights = load_file(tmp_path / "rounded" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    # Loaded as it was scored: in float32
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "rounded")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert score_release(tmp_path / "rounded", **flags) == {name: results[name] for name in ("top1", "top5")}
+    # The run is the same as one whose release is not rounded
+    train_here(tmp_path / "exact", **{**flags, "release_dtype": "float32"})
+    for name, exact in load_file(tmp_path / "exact" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], exact.bfloat16(), rtol=0, atol=0)
