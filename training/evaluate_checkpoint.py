@@ -6,11 +6,13 @@ Prints top-1 and top-5 accuracy in percent, and writes them to `--output_file` w
 `--validation_split` it scores the fifth of the training split that training with the same `--seed` has set aside.
 
     python training/evaluate_checkpoint.py outputs/demo/none --sweep all upper --sweep_tokens 2 4 8
+    python training/evaluate_checkpoint.py outputs/demo/none --ablate --fusion_strategy upper --fusion_tokens 4
     python training/evaluate_checkpoint.py outputs/demo/none --target_speedup 1.5
     python training/evaluate_checkpoint.py outputs/demo/none --target_tokens 0.5 --fusion_strategy lower
 
 `--sweep` scores without fusion and with every strategy and number of tokens asked for, and leaves a table and a plot
-beside `--output_file`. A target finds how much fusion it takes, and scores with that.
+beside `--output_file`; `--ablate` does so with one field of the fusion changed at a time. A target finds how much
+fusion it takes, and scores with that.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from arguments import add_model_flags, config_overrides
 from data import load_labeled_images
 from forward_speed import measured_speedup
 from fusion_settings import STRATEGIES, set_fusion, with_fusion
-from fusion_sweep import markdown, sweep, sweep_settings, write_report
+from fusion_sweep import ablation_settings, markdown, sweep, sweep_settings, write_report
 from fusion_targets import fusion_for_speedup, fusion_for_token_share, token_share
 from memory import keep_freed_memory
 from modeling_fambav import selective_scan_backend
@@ -82,6 +84,7 @@ def check_flags(args: argparse.Namespace, fusion: dict[str, Any]) -> None:
             raise ValueError(f"--{name} {value}: expected a number >= 1")
     if args.sweep_tokens is not None and args.sweep is None:
         raise ValueError("--sweep_tokens: expected --sweep with it")
+    # Those that choose the fusion themselves
     modes = [name for name in ("sweep", "target_speedup", "target_tokens") if getattr(args, name) is not None]
     if not modes:
         return
@@ -113,6 +116,7 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, Any]]:
     modes.add_argument(
         "--sweep", nargs="*", choices=STRATEGIES, help="score without fusion and with these strategies, all if empty"
     )
+    modes.add_argument("--ablate", action="store_true", help="score with one field of the fusion changed at a time")
     modes.add_argument("--target_speedup", type=float, help="score with the least fusion that is so many times faster")
     modes.add_argument(
         "--target_tokens", type=float, help="score with the fusion that leaves this share of the tokens"
@@ -126,7 +130,10 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, Any]]:
 def run_sweep(args: argparse.Namespace, scorer: Scorer, conditions: dict[str, Any]) -> None:
     """Score with every fusion asked for, print the table, and write it after every row."""
     config = scorer.model.config
-    settings = sweep_settings(config, args.sweep or STRATEGIES, args.sweep_tokens)
+    if args.ablate:
+        settings = ablation_settings(config)
+    else:
+        settings = sweep_settings(config, args.sweep or STRATEGIES, args.sweep_tokens)
     report = {
         "model": args.model,
         "batch_size": len(scorer.pixel_values),
@@ -152,8 +159,9 @@ def main() -> None:
         check_flags(args, fusion)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
-        if accelerator.num_processes > 1 and (args.sweep is not None or args.target_speedup is not None):
-            raise ValueError("--sweep and --target_speedup measure one process, expected a launch with one")
+        is_table = args.sweep is not None or args.ablate
+        if accelerator.num_processes > 1 and (is_table or args.target_speedup is not None):
+            raise ValueError("--sweep, --ablate and --target_speedup measure one process, expected a launch with one")
         has_target = args.target_speedup is not None or args.target_tokens is not None
         strategy = fusion.pop("fusion_strategy", None) if has_target else None
         model, processor = load_classifier(args.model, fusion)
@@ -174,7 +182,7 @@ def main() -> None:
             },
             **environment(accelerator),
         }
-        if args.sweep is not None:
+        if is_table:
             run_sweep(args, scorer, conditions)
             return
         found = None

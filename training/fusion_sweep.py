@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_settings import UNFUSED, fused, with_fusion
+from fusion_settings import STRATEGIES, UNFUSED, fused, with_fusion
 from fusion_targets import most_tokens
 from modeling_fambav import FambaVConfig
 from tables import markdown_table
@@ -15,6 +15,15 @@ from tables import markdown_table
 # What the paper's budgets remove: 168 or 171 of 197 tokens
 _LARGEST_SHARE = 0.85
 _NUMBERS = 4
+# How tokens are matched, averaged, ordered and scanned: fields of which each value suits any strategy
+_VARIED = {
+    "fusion_metric": ("cosine", "dot", "euclidean"),
+    "fusion_reduction": ("mean", "size_weighted"),
+    "fusion_order": ("raster", "appended"),
+    "fusion_scale_time_step": (False, True),
+}
+# A token that weighs what it stands for, in the average and in the scan
+_SIZE_AWARE = {"fusion_reduction": "size_weighted", "fusion_scale_time_step": True}
 
 
 def default_tokens(config: FambaVConfig, strategy: str) -> list[int]:
@@ -50,6 +59,22 @@ def sweep_settings(
     return settings
 
 
+def ablation_settings(config: FambaVConfig) -> list[dict[str, Any]]:
+    """Fusion fields to measure: none, those of the model, and these with one field changed at a time.
+
+    Weighing tokens by their size in the average and in the scan belong together and are also changed together.
+
+    Raises:
+        ValueError: if the model does not fuse.
+    """
+    if config.fusion_strategy == "none":
+        raise ValueError("--ablate: expected a fusion to vary, give --fusion_strategy and --fusion_tokens")
+    changes = [{name: value} for name, values in _VARIED.items() for value in values if value != getattr(config, name)]
+    if all(change in changes for change in ({name: value} for name, value in _SIZE_AWARE.items())):
+        changes.append(_SIZE_AWARE)
+    return [UNFUSED, {}, *changes]
+
+
 def sweep(
     config: FambaVConfig, settings: list[dict[str, Any]], measure: Callable[[], dict[str, float]]
 ) -> Iterator[dict[str, Any]]:
@@ -57,7 +82,7 @@ def sweep(
 
     Args:
         config: configuration of the model that is measured; after every row it is what it was.
-        settings: fusion fields, see `sweep_settings`.
+        settings: fusion fields, see `sweep_settings` and `ablation_settings`.
         measure: top1, top5 (percent), images_per_second and speedup of the model as it is configured when called.
 
     Yields:
@@ -67,8 +92,9 @@ def sweep(
         with fused(config, fusion):
             lengths = config.sequence_lengths
             row = {
-                "strategy": fusion["fusion_strategy"],
-                "tokens": fusion.get("fusion_tokens"),
+                "strategy": config.fusion_strategy,
+                "tokens": config.fusion_tokens if config.fusion_strategy in STRATEGIES else None,
+                "changes": {name: value for name, value in fusion.items() if name in _VARIED},
                 **measure(),
                 "mean_tokens": statistics.mean(lengths),
                 "tokens_left": lengths[-1],
@@ -95,19 +121,26 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _table_row(row: dict[str, Any]) -> dict[str, str]:
     return {
-        "fusion": row["strategy"],
+        "fusion": ", ".join((row["strategy"], *_changes(row))),
         "r": "" if row["tokens"] is None else f"{row['tokens']}",
         "top-1, %": f"{row['top1']:.2f}",
         "top-5, %": f"{row['top5']:.2f}",
         "images/s": f"{row['images_per_second']:.0f}",
-        "times as fast": "" if row["tokens"] is None else f"{row['speedup']:.2f}",
+        "times as fast": "" if row["strategy"] == "none" else f"{row['speedup']:.2f}",
         "tokens per layer": f"{row['mean_tokens']:.1f}",
         "tokens left": f"{row['tokens_left']}",
     }
 
 
+def _changes(row: dict[str, Any]) -> list[str]:
+    return [f"{name.removeprefix('fusion_')}={value}" for name, value in row["changes"].items()]
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against speed, a line per strategy that begins without fusion; numbers are tokens per fused layer."""
+    """Accuracy against speed, a line per strategy that begins without fusion; numbers are tokens per fused layer.
+
+    An ablation has no lines: its points differ in kind, not in number.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,9 +153,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         line = [row for row in rows if row["strategy"] == strategy]
-        axis.plot(*zip(point(unfused), *map(point, line)), "o-", markersize=4, label=strategy)
+        style = "o" if any(row["changes"] for row in line) else "o-"
+        axis.plot(*zip(point(unfused), *map(point, line)), style, markersize=4, label=strategy)
         for row in line:
-            axis.annotate(row["tokens"], point(row), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            name = ", ".join(_changes(row)) or f"{row['tokens'] or ''}"
+            axis.annotate(name, point(row), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.plot(*point(unfused), "o", color="tab:gray", label="none", zorder=3)
     axis.set(xlabel="images/s", ylabel="top-1, %", title=report["model"])
     axis.spines[["top", "right"]].set_visible(False)

@@ -113,6 +113,18 @@ def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_pa
     assert (tmp_path / "results" / "evaluation.png").exists()
 
 
+def test_ablation_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(scoring, "forward_seconds", by_tokens)
+    common = [model_folder, "--max_eval_samples", 40, "--fusion_strategy", "upper", "--fusion_tokens", 5]
+    rows = run(monkeypatch, tmp_path, *common, "--ablate")["rows"]
+    assert (tmp_path / "results" / "evaluation.md").read_text() in capsys.readouterr().out
+    assert len({row["top1"] for row in rows}) > 1
+    for row in rows[1:]:
+        flags = [word for name, value in row["changes"].items() for word in (f"--{name}", value)]
+        single = run(monkeypatch, tmp_path, *common, *flags)
+        assert {name: row[name] for name in ("top1", "top5")} == {name: single[name] for name in ("top1", "top5")}
+
+
 def test_sweep_that_is_stopped_leaves_what_it_measured(model_folder, monkeypatch, tmp_path, capsys):
     calls = []
 
@@ -168,6 +180,7 @@ def test_targets_are_found_and_scored(model_folder, monkeypatch, tmp_path, capsy
     "words, expected",
     [
         (["--sweep", "--sweep_tokens", "2", "0"], "fusion_tokens=0"),
+        (["--ablate", "--fusion_strategy", "none"], "--ablate: expected a fusion to vary"),
         (["--target_tokens", "0.1"], "'upper' fusion of this model leaves at least"),
         (["--target_speedup", "0.5"], "speedup 0.5: expected a number above 1"),
     ],

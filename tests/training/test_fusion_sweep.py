@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from fusion_settings import STRATEGIES
-from fusion_sweep import default_tokens, markdown, sweep, sweep_settings, write_report
+from fusion_sweep import ablation_settings, default_tokens, markdown, sweep, sweep_settings, write_report
 from helpers import tiny_config
 from modeling_fambav import FambaVConfig
 
@@ -70,6 +70,7 @@ def test_rows_are_those_of_the_fusion():
     assert rows[1] == {
         "strategy": "upper",
         "tokens": 2,
+        "changes": {},
         "top1": 45.0,
         "top5": 99.5,
         "images_per_second": pytest.approx(5100 / 45),
@@ -80,6 +81,39 @@ def test_rows_are_those_of_the_fusion():
         "sequence_lengths": [17, 15, 13],
     }
     assert rows[0]["tokens"] is None
+
+
+def test_ablation_changes_one_field_at_a_time_and_sizes_together():
+    config = tiny_config(fusion_strategy="upper", fusion_tokens=2)
+    settings = ablation_settings(config)
+    assert settings == [
+        {"fusion_strategy": "none"},
+        {},
+        {"fusion_metric": "dot"},
+        {"fusion_metric": "euclidean"},
+        {"fusion_reduction": "size_weighted"},
+        {"fusion_order": "appended"},
+        {"fusion_scale_time_step": True},
+        {"fusion_reduction": "size_weighted", "fusion_scale_time_step": True},
+    ]
+    rows = list(sweep(config, settings, measure_by(config)))
+    assert [row["strategy"] for row in rows] == ["none", *7 * ["upper"]]
+    assert {tuple(row["sequence_lengths"]) for row in rows[1:]} == {(17, 15, 13)}
+    assert rows[3]["changes"] == {"fusion_metric": "euclidean"} and rows[1]["changes"] == {}
+    text = markdown({**make_report(1), "rows": rows})
+    assert (
+        "| upper, order=appended " in text and "| upper, reduction=size_weighted, scale_time_step=True | 2 |" in text
+    )
+
+
+def test_ablation_starts_from_the_fusion_of_the_model():
+    config = tiny_config(fusion_strategy="custom", fusion_schedule=[0, 3, 3], fusion_order="appended")
+    config.fusion_scale_time_step = True
+    changes = ablation_settings(config)[2:]
+    assert {"fusion_order": "raster"} in changes and {"fusion_scale_time_step": False} in changes
+    assert all(len(change) == 1 for change in changes)
+    with pytest.raises(ValueError, match="--ablate: expected a fusion to vary"):
+        ablation_settings(tiny_config(fusion_strategy="none"))
 
 
 def make_report(num_rows: int) -> dict:
