@@ -166,6 +166,20 @@ def test_given_teacher_is_the_one_that_is_used(start, tmp_path):
     assert load_file(tmp_path / "default" / WEIGHTS).keys() == load_file(start / WEIGHTS).keys()
 
 
+@pytest.mark.parametrize("precision, is_autocast", [("no", False), ("bf16", True)])
+def test_teacher_works_in_the_precision_of_the_student(start, tmp_path, monkeypatch, precision, is_autocast):
+    score, seen = Teacher.__call__, []
+
+    def record(self, pixel_values):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return score(self, pixel_values)
+
+    monkeypatch.setattr(Teacher, "__call__", record)
+    flags = {**DISTILLED, "max_train_steps": 1, "mixed_precision": precision, "model_name_or_path": start}
+    assert math.isfinite(train_here(tmp_path / "out", **flags)["train_loss"])
+    assert seen[0] is False and set(seen[1:]) == {is_autocast}  # the first call compiles the kernels
+
+
 def test_release_records_the_distillation(start, tmp_path):
     train_here(tmp_path / "out", **DISTILLED, model_name_or_path=start)
     arguments, card = read_results(tmp_path / "out")["arguments"], (tmp_path / "out" / "README.md").read_text()
