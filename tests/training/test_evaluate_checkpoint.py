@@ -116,7 +116,7 @@ def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_pa
 
 
 def test_ablation_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scoring, "forward_seconds", by_tokens)
+    monkeypatch.setattr(scoring, "measured_speedup", by_tokens)
     common = [model_folder, "--max_eval_samples", 40, "--fusion_strategy", "upper", "--fusion_tokens", 5]
     rows = run(monkeypatch, tmp_path, *common, "--ablate")["rows"]
     assert (tmp_path / "results" / "evaluation.md").read_text() in capsys.readouterr().out
