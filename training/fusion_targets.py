@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from budgets import even_order, fused_layers
-from forward_speed import measured_speedup
+from forward_speed import Speedup, measured_speedup
 from fusion_settings import STRATEGIES, with_fusion
 from modeling_fambav import FambaVConfig
 
@@ -86,9 +86,12 @@ def fusion_for_speedup(
     pixel_values: Tensor,
     speedup: float,
     strategy: str,
-    measure: Callable[[PreTrainedModel, Tensor, dict[str, Any]], float] = measured_speedup,
+    measure: Callable[[PreTrainedModel, Tensor, dict[str, Any]], Speedup] = measured_speedup,
 ) -> dict[str, Any]:
     """The least fusion that makes the forward pass this many times as fast, measured here and now.
+
+    A bisection, in which a single wrong measurement leads astray, and then steps of one token until what is found is
+    fast enough by a fresh measurement, and one token less is not.
 
     Args:
         model: a Famba-V model; its configuration is afterwards what it was.
@@ -98,7 +101,7 @@ def fusion_for_speedup(
         measure: how many times as fast the model is with some fusion fields as without fusion.
 
     Returns:
-        the strategy and its `fusion_tokens`, found by bisection. Two runs may differ by as much as their measurements.
+        the strategy and its `fusion_tokens`. Two runs may differ by as much as their measurements.
 
     Raises:
         ValueError: if the speedup or the strategy is none of these, or the strategy does not get so far.
@@ -110,15 +113,26 @@ def fusion_for_speedup(
     def fusion_for(tokens: int) -> dict[str, Any]:
         return {"fusion_strategy": strategy, "fusion_tokens": tokens}
 
+    def times_as_fast(tokens: int) -> float:
+        return measure(model, pixel_values, fusion_for(tokens)).times
+
     most = most_tokens(model.config)
-    reached = measure(model, pixel_values, fusion_for(most))
+    reached = times_as_fast(most)
     if reached < speedup:
         share = token_share(with_fusion(model.config, fusion_for(most)))
         raise ValueError(
             f"speedup {speedup}: {strategy!r} fusion makes this model at most {reached:.2f} times as fast on this "
             f"machine, with {share:.0%} of the tokens at batch size {len(pixel_values)}"
         )
-    return fusion_for(_smallest(lambda tokens: measure(model, pixel_values, fusion_for(tokens)) >= speedup, most))
+    tokens = _smallest(lambda tokens: times_as_fast(tokens) >= speedup, most)
+    if times_as_fast(tokens) >= speedup:
+        while tokens > 1 and times_as_fast(tokens - 1) >= speedup:
+            tokens -= 1
+    else:
+        tokens += tokens < most
+        while tokens < most and times_as_fast(tokens) < speedup:
+            tokens += 1
+    return fusion_for(tokens)
 
 
 def _smallest(is_enough: Callable[[int], bool], largest: int) -> int:

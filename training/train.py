@@ -9,6 +9,7 @@ a model card. A run that is stopped, by whatever, goes on with `--resume_from_ch
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from arguments import parse_arguments
 from checkpointing import find_checkpoint
 from data import LabeledImages, load_labeled_images
+from distillation import Teacher, load_teacher
 from interruption import Interrupted, Interruption
 from memory import keep_freed_memory
 from metrics_log import read_log
@@ -85,6 +87,24 @@ def create_model(
             f"{sorted([*not_loaded, *report['unexpected_keys']])[0]}"
         )
     return model, AutoImageProcessor.from_pretrained(checkpoint)
+
+
+def create_teacher(
+    args: TrainingArguments,
+    model: FambaVForImageClassification,
+    processor: BaseImageProcessor,
+    label_names: list[str],
+    device: torch.device,
+) -> Teacher | None:
+    """What `model` learns from beside the labels, on `device`; None without distillation.
+
+    Raises:
+        ValueError: if the teacher does not fit `model`.
+    """
+    if args.distillation_weight == 0:
+        return None
+    flag = "model_name_or_path" if args.teacher_name_or_path is None else "teacher_name_or_path"
+    return load_teacher(f"--{flag}", getattr(args, flag), model.config, processor, label_names, device)
 
 
 def create_loaders(
@@ -163,6 +183,24 @@ def check_trackers(args: TrainingArguments) -> None:
         )
 
 
+def check_teacher(args: TrainingArguments) -> None:
+    """Refuse distillation from no teacher, or from one that the run would replace.
+
+    Raises:
+        ValueError: if it is so.
+    """
+    if args.distillation_weight == 0:
+        return
+    teacher = args.teacher_name_or_path or args.model_name_or_path
+    if teacher is None:
+        raise ValueError(
+            f"--distillation_weight {args.distillation_weight}: expected --model_name_or_path, which is the teacher "
+            "then, or --teacher_name_or_path"
+        )
+    if Path(teacher).resolve() == args.output_dir.resolve():
+        raise ValueError(f"--output_dir {args.output_dir}: expected another folder than the teacher's")
+
+
 def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     """Train, score, save and publish. Returns what is written to `all_results.json`.
 
@@ -173,6 +211,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     """
     check_output_folder(args.output_dir, is_resumed=args.resume_from_checkpoint is not None)
     check_trackers(args)
+    check_teacher(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -208,7 +247,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     model, processor = create_model(args, overrides, images.label_names)
     check_channels(model.config)
     loaders = create_loaders(args, images, processor, accelerator)
-    trainer = Trainer(args, binding, accelerator, model, processor, *loaders)
+    teacher = create_teacher(args, model, processor, images.label_names, accelerator.device)
+    trainer = Trainer(args, binding, accelerator, model, processor, *loaders, teacher)
 
     trainer.compile_kernels()
     if checkpoint is not None:

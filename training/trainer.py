@@ -33,6 +33,7 @@ from checkpointing import (
     read_state,
     save_checkpoint,
 )
+from distillation import Teacher, distillation_loss
 from interruption import Interrupted, Interruption
 from memory import give_back_freed_memory
 from metrics import evaluate
@@ -81,9 +82,11 @@ class Trainer:
         processor: BaseImageProcessor,
         train_loader: DataLoader,
         validation_loader: DataLoader,
+        teacher: Teacher | None = None,
     ):
-        """`binding` is what checkpoints of this run can only be resumed with."""
+        """`binding` is what checkpoints of this run can only be resumed with; `teacher` is for distillation."""
         self.args, self.binding, self.accelerator, self.processor = args, binding, accelerator, processor
+        self.teacher = teacher
         self.augment = Augmentation(
             model.config.image_height_width,
             args.random_crop_padding,
@@ -136,7 +139,10 @@ class Trainer:
         config = model.config
         with torch.random.fork_rng():
             model.train()
-            model(torch.zeros(1, config.num_channels, *config.image_height_width)).logits.sum().backward()
+            pixel_values = torch.zeros(1, config.num_channels, *config.image_height_width)
+            model(pixel_values).logits.sum().backward()
+            if self.teacher is not None:
+                self.teacher(pixel_values)
         self.optimizer.zero_grad()
 
     # ---- the loop ----
@@ -224,6 +230,8 @@ class Trainer:
             with accelerator.autocast():
                 logits = self.model(pixel_values=images).logits
             loss = mixed_cross_entropy(logits.float(), targets, args.label_smoothing)
+            if self.teacher is not None:
+                loss = loss.lerp(self._distillation_loss(images, logits), args.distillation_weight)
             accelerator.backward(loss)
             self._batch_losses.append(loss.detach())
             if not accelerator.sync_gradients:
@@ -239,6 +247,11 @@ class Trainer:
         self.weight_average.update_parameters(accelerator.unwrap_model(self.model))
         position.step += 1
         return True
+
+    def _distillation_loss(self, images: Tensor, logits: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            teacher_logits = self.teacher(images)
+        return distillation_loss(logits.float(), teacher_logits.float(), self.args.distillation_temperature)
 
     def _agree(self, interruption: Interruption) -> tuple[float, int]:
         """The mean loss of this step, and the signal to stop by if any process got one: the same everywhere."""
@@ -304,8 +317,12 @@ class Trainer:
             "logged_losses": self._logged_losses,
             "last_loss": self.last_loss,
             "batches_per_epoch": self._batches_per_epoch(),
+            "teacher": self._teacher_fingerprint(),
             "arguments": self.binding,
         }
+
+    def _teacher_fingerprint(self) -> str | None:
+        return None if self.teacher is None else self.teacher.fingerprint()
 
     def save_checkpoint(self) -> Path:
         """Save all that is needed to go on from here."""
@@ -319,7 +336,7 @@ class Trainer:
         """Go on from a checkpoint that `find_checkpoint` has found.
 
         Raises:
-            CheckpointError: if it is damaged, or there were other images.
+            CheckpointError: if it is damaged, or there were other images or another teacher.
         """
         state = read_state(path)
         # Kept images leave corrupt ones out, decoded ones replace them
@@ -328,6 +345,9 @@ class Trainer:
                 f"checkpoint {path}: made with {state['batches_per_epoch']} batches per epoch, expected "
                 f"{self._batches_per_epoch()} as in this run; are --dataset_name and --max_cached_mib the same?"
             )
+        if state.get("teacher") != self._teacher_fingerprint():
+            name = self.args.teacher_name_or_path or self.args.model_name_or_path
+            raise CheckpointError(f"checkpoint {path}: made with another teacher, the weights of {name} have changed")
         load_checkpoint(self.accelerator, path)
         self.position, self._logged_losses = Position(**state["position"]), state["logged_losses"]
         self.last_loss = state["last_loss"]

@@ -35,8 +35,9 @@ _MINIMUMS = {
     "evaluation_epochs": 1,
     "checkpoints_total_limit": 1,
 }
-_SHARES = ("warmup_ratio", "label_smoothing", "ema_decay")
-_PROBABILITIES = ("horizontal_flip_prob", "random_erasing_prob")
+_BELOW_ONE = ("warmup_ratio", "label_smoothing", "ema_decay")
+_UP_TO_ONE = ("horizontal_flip_prob", "random_erasing_prob", "distillation_weight")
+_OF_DISTILLATION = ("distillation_weight", "distillation_temperature", "teacher_name_or_path")
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -79,6 +80,11 @@ class TrainingArguments:
     cutmix_alpha: float = _flag(0.0, "of Beta(alpha, alpha), the area pasted from another image; 0 is off")
     random_erasing_prob: float = _flag(0.25, "probability of an erased rectangle")
     ema_decay: float = _flag(0.9999, "decay of the exponential moving average of the weights")
+    distillation_weight: float = _flag(0.0, "share of the loss that a teacher gives instead of the labels; 0 is off")
+    distillation_temperature: float = _flag(2.0, "by which the logits of student and teacher are divided")
+    teacher_name_or_path: str | None = _flag(
+        None, "teacher, used without fusion; the checkpoint that training starts from if not given"
+    )
     seed: int = _flag(0, "seed of weights, data order, augmentation and validation split")
     # engine
     mixed_precision: str | None = _flag(None, "no, fp16 or bf16; accelerate's own setting if not given")
@@ -108,12 +114,18 @@ class TrainingArguments:
                 raise ValueError(f"--{name} {value}: expected a number >= {minimum}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed}: expected 0 to 2**32 - 1")
-        for name in _SHARES:
+        for name in _BELOW_ONE:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1)")
-        for name in _PROBABILITIES:
+        for name in _UP_TO_ONE:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1]")
+        if not (math.isfinite(self.distillation_temperature) and self.distillation_temperature > 0):
+            raise ValueError(f"--distillation_temperature {self.distillation_temperature}: expected a number > 0")
+        if self.distillation_weight == 0 and self.teacher_name_or_path is not None:
+            raise ValueError(
+                f"--teacher_name_or_path {self.teacher_name_or_path}: expected a --distillation_weight above 0"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 expected = [choice for choice in choices if choice is not None]
@@ -159,4 +171,6 @@ def binding_arguments(args: TrainingArguments, overrides: dict[str, Any]) -> dic
     own = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
     if args.streaming:  # each worker reads files of its own, so their number is the order of the images
         own["dataloader_num_workers"] = args.dataloader_num_workers
+    if args.distillation_weight == 0:  # without a teacher, none of its flags shapes the run
+        own = {name: value for name, value in own.items() if name not in _OF_DISTILLATION}
     return {**own, **{name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}}

@@ -15,6 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import evaluate_checkpoint
 import scoring
 from data import load_labeled_images
+from forward_speed import Speedup
 from fusion_settings import UNFUSED, fused
 from helpers import tiny_config
 from modeling_fambav import FambaVForImageClassification
@@ -78,17 +79,18 @@ def test_fusion_can_be_another_one(model_folder, monkeypatch, tmp_path, flags, l
     assert results["sequence_lengths"] == lengths
 
 
-def by_tokens(model, pixel_values, fusions) -> list[float]:
-    """Stands for `forward_seconds`: a millisecond per token."""
+def by_tokens(model, pixel_values, fusion, max_seconds=0.0) -> Speedup:
+    """Stands for `measured_speedup`: a millisecond per token."""
     seconds = []
-    for fusion in fusions:
-        with fused(model.config, fusion):
+    for condition in (UNFUSED, fusion):
+        with fused(model.config, condition):
             seconds.append(sum(model.config.sequence_lengths) / 1000)
-    return seconds
+    times = seconds[0] / seconds[1]
+    return Speedup(times, low=times - 0.25, high=times + 0.25, rounds=100, seconds=seconds[1])
 
 
 def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scoring, "forward_seconds", by_tokens)
+    monkeypatch.setattr(scoring, "measured_speedup", by_tokens)
     common = [model_folder, "--max_eval_samples", 40, "--per_device_eval_batch_size", 16]
     report = run(monkeypatch, tmp_path, *common, "--sweep", "upper", "all", "--sweep_tokens", 4, 1)
     printed = capsys.readouterr().out
@@ -114,7 +116,7 @@ def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_pa
 
 
 def test_ablation_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scoring, "forward_seconds", by_tokens)
+    monkeypatch.setattr(scoring, "measured_speedup", by_tokens)
     common = [model_folder, "--max_eval_samples", 40, "--fusion_strategy", "upper", "--fusion_tokens", 5]
     rows = run(monkeypatch, tmp_path, *common, "--ablate")["rows"]
     assert (tmp_path / "results" / "evaluation.md").read_text() in capsys.readouterr().out
@@ -128,13 +130,13 @@ def test_ablation_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp
 def test_sweep_that_is_stopped_leaves_what_it_measured(model_folder, monkeypatch, tmp_path, capsys):
     calls = []
 
-    def stopped(model, pixel_values, fusions):
-        calls.append(fusions)
+    def stopped(*arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return by_tokens(model, pixel_values, fusions)
+        return by_tokens(*arguments)
 
-    monkeypatch.setattr(scoring, "forward_seconds", stopped)
+    monkeypatch.setattr(scoring, "measured_speedup", stopped)
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, "--sweep", "all", "--sweep_tokens", 1, 2, 3)
     assert end.value.code == 130 and "stopped after 2 of 4 rows" in capsys.readouterr().err
@@ -152,16 +154,16 @@ def test_sweep_that_is_stopped_leaves_what_it_measured(model_folder, monkeypatch
     ids=str,
 )
 def test_targets_are_found_and_scored(model_folder, monkeypatch, tmp_path, capsys, flags, strategy):
-    def speedup(model, pixel_values, fusion):
-        unfused, ours = by_tokens(model, pixel_values, [UNFUSED, fusion])
-        return unfused / ours
-
-    monkeypatch.setattr(evaluate_checkpoint, "measured_speedup", speedup)
+    monkeypatch.setattr(evaluate_checkpoint, "measured_speedup", by_tokens)
     results = run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, *flags)
     printed = capsys.readouterr().out
     found = results["found"]
     assert found["token_share"] == pytest.approx(sum(results["sequence_lengths"]) / (3 * 17))
     assert found["speedup"] == pytest.approx(1 / found["token_share"])
+    assert found["speedup_quartiles"] == pytest.approx([found["speedup"] - 0.25, found["speedup"] + 0.25])
+    assert (found["speedup_rounds"], found["speedup_is_noisy"]) == (100, True)
+    assert f"{found['speedup']:.2f} +- 0.09 times as fast as without fusion (half of 100 rounds between" in printed
+    assert "measure again when it is idle" in printed
     if "--target_tokens" in flags:
         assert found["token_share"] == pytest.approx(0.7, abs=0.02)
     else:

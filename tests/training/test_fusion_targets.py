@@ -1,5 +1,6 @@
 """How much fusion it takes: near to the share of tokens, and the least that is fast enough."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from budgets import fused_layers
+from forward_speed import Speedup
 from fusion_settings import STRATEGIES, with_fusion
 from fusion_targets import fusion_for_speedup, fusion_for_token_share, most_tokens, token_share
 from helpers import tiny_config
@@ -104,9 +106,10 @@ def test_impossible_shares_are_refused(share, strategy, expected):
 # ---- speed ----
 
 
-def speedup_by_tokens(model, pixel_values, fusion) -> float:
+def speedup_by_tokens(model, pixel_values, fusion) -> Speedup:
     """Stands for the measurement: a pass takes as long as its tokens, and a tenth of that for everything else."""
-    return 1.1 / (token_share(with_fusion(model.config, fusion)) + 0.1)
+    times = 1.1 / (token_share(with_fusion(model.config, fusion)) + 0.1)
+    return Speedup(times, low=times, high=times, rounds=7, seconds=1 / times)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -115,24 +118,55 @@ def test_least_fusion_that_is_fast_enough(strategy, speedup):
     model = SimpleNamespace(config=quickstart_config(fusion_strategy="none"))
     calls = []
 
-    def measure(*arguments) -> float:
+    def measure(*arguments) -> Speedup:
         calls.append(arguments)
         return speedup_by_tokens(*arguments)
 
     def is_fast_enough(tokens: int) -> bool:
         fusion = {"fusion_strategy": strategy, "fusion_tokens": tokens}
-        return speedup_by_tokens(model, PIXEL_VALUES, fusion) >= speedup
+        return speedup_by_tokens(model, PIXEL_VALUES, fusion).times >= speedup
 
     fusion = fusion_for_speedup(model, PIXEL_VALUES, speedup, strategy, measure)
     least = next(tokens for tokens in range(1, 33) if is_fast_enough(tokens))
     assert fusion == {"fusion_strategy": strategy, "fusion_tokens": least}
-    assert len(calls) <= 6  # bisection of 32 numbers, and the largest one
+    assert len(calls) <= 8  # bisection of 32 numbers, the largest one, what is found, and one token less
     assert model.config.fusion_strategy == "none"
+
+
+@pytest.mark.parametrize("wrong_call", range(8))
+@pytest.mark.parametrize("wrong_by", [0.8, 1.25])
+def test_one_wrong_measurement_changes_little(wrong_call, wrong_by):
+    model = SimpleNamespace(config=quickstart_config(fusion_strategy="none"))
+    calls = []
+
+    def measure(*arguments) -> Speedup:
+        calls.append(arguments)
+        right = speedup_by_tokens(*arguments)
+        is_wrong = len(calls) - 1 == wrong_call
+        return dataclasses.replace(right, times=right.times * wrong_by) if is_wrong else right
+
+    right, fusion = (
+        fusion_for_speedup(model, PIXEL_VALUES, 1.5, "upper", measure_) for measure_ in (speedup_by_tokens, measure)
+    )
+    # If it is the last one that is wrong, nothing tells: then it is off by a token
+    assert fusion["fusion_tokens"] == pytest.approx(right["fusion_tokens"], abs=1 if wrong_call >= 6 else 0)
+
+
+def test_what_never_measures_as_fast_enough_again_ends_at_the_most():
+    model, calls = SimpleNamespace(config=quickstart_config()), []
+
+    def measure(model, pixel_values, fusion) -> Speedup:
+        calls.append(fusion["fusion_tokens"])
+        right = speedup_by_tokens(model, pixel_values, fusion)
+        return right if len(calls) <= 6 else dataclasses.replace(right, times=1.0)
+
+    assert fusion_for_speedup(model, PIXEL_VALUES, 2.0, "upper", measure)["fusion_tokens"] == most_tokens(model.config)
+    assert len(calls) == len(set(calls[6:])) + 6  # each is measured afresh once
 
 
 def test_speedup_out_of_reach_says_how_far_it_gets():
     model = SimpleNamespace(config=quickstart_config())
-    most = speedup_by_tokens(model, PIXEL_VALUES, {"fusion_strategy": "upper", "fusion_tokens": 32})
+    most = speedup_by_tokens(model, PIXEL_VALUES, {"fusion_strategy": "upper", "fusion_tokens": 32}).times
     expected = f"speedup 9: 'upper' fusion makes this model at most {most:.2f} times as fast"
     with pytest.raises(ValueError, match=expected):
         fusion_for_speedup(model, PIXEL_VALUES, 9, "upper", speedup_by_tokens)
