@@ -18,8 +18,6 @@ from fusion_trial import FusionTrial
 from memory import keep_freed_memory
 from scoring import load_classifier
 
-_LARGEST_UPLOAD = "32mb"
-
 
 def find_examples(model: str, given: list[Path] | None) -> list[Path]:
     """The images to choose from: those given, or those in the folder `examples` of the model's folder.
@@ -47,7 +45,7 @@ def main() -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     try:
-        from fusion_page import build_page
+        from fusion_page import build_page, launch
     except ModuleNotFoundError as error:
         sys.exit(f'error: the page needs {error.name}: pip install -e ".[app]"')
     keep_freed_memory()
@@ -55,15 +53,7 @@ def main() -> None:
         examples = find_examples(args.model, args.examples)
         trial = FusionTrial(*load_classifier(args.model, {}))
         trial.answer(Image.new("RGB", (1, 1)), trial.config.fusion_strategy, trial.most_tokens)  # compiles the kernels
-        page = build_page(trial, Path(args.model).name, examples)
-        page.launch(
-            server_name=args.host,
-            server_port=args.port,
-            max_file_size=_LARGEST_UPLOAD,
-            footer_links=["api"],
-            run_history=False,
-            ssr_mode=False,
-        )
+        launch(build_page(trial, Path(args.model).resolve().name, examples), args.host, args.port)
     except (ValueError, StrictDataclassError, OSError) as error:
         sys.exit(f"error: {error}")
 

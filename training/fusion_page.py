@@ -18,18 +18,24 @@ _INTRODUCTION = (
 )
 _SHOWN_CLASSES = 5
 _FILE_SECONDS = 3600  # after which uploads and drawings are deleted
+_LARGEST_UPLOAD = "32mb"
+# Fonts that come with gradio; the weight between these two has no letters in its file
+_THEME = gr.themes.Default(
+    font=(gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"),
+    font_mono=(gr.themes.LocalFont("IBM Plex Mono", weights=(400,)), "monospace"),
+)
+# Titles below the drawings, where gradio lays them over a corner, and no second scroll bar
+_CSS = """
+#drawings .grid-wrap { max-height: none; overflow: visible }
+#drawings .thumbnail-item { display: flex; flex-direction: column; aspect-ratio: auto; border: 0; background: none }
+#drawings .thumbnail-item img { height: auto }
+#drawings .thumbnail-item .caption-label { position: static; max-width: 100%; border: 0; background: none; opacity: 1 }
+"""
 
 
-class _ImageFile(gr.Image):
-    """An image that is handed on as a path, unopened.
-
-    gr.Image opens the file itself, turns some modes into others, and fails with a stack trace if it cannot.
-    """
-
-    is_template = True  # shown as a gr.Image
-
-    def preprocess(self, payload) -> str | None:
-        return None if payload is None else payload.path
+def file_path(payload: gr.data_classes.ImageData | None) -> str | None:
+    """The file of an uploaded image, unopened. gr.Image itself fails with a stack trace if it cannot open it."""
+    return None if payload is None else payload.path
 
 
 def describe(answer: Answer) -> str:
@@ -39,9 +45,10 @@ def describe(answer: Answer) -> str:
         return f"{no_fusion(config)} A forward pass of this image takes **{milliseconds:.1f} ms**."
     lengths = config.sequence_lengths
     share = sum(lengths) / (len(lengths) * (config.num_patches + 1))
+    schedule = "The model's own schedule, whatever r is. " if config.fusion_strategy == "custom" else ""
     return (
-        f"**{share:.0%} of the tokens** are left to scan, layer by layer {' '.join(map(str, lengths))} of "
-        f"{config.num_patches + 1}. A forward pass of this image takes **{milliseconds:.1f} ms**, without fusion "
+        f"{schedule}**{share:.0%} of the tokens** are left to scan, layer by layer {' '.join(map(str, lengths))} "
+        f"of {config.num_patches + 1}. A forward pass of this image takes **{milliseconds:.1f} ms**, without fusion "
         f"{1000 * answer.unfused_seconds:.1f} ms: {answer.unfused_seconds / answer.seconds:.2f} times as fast."
     )
 
@@ -73,46 +80,52 @@ def try_fusion(trial: FusionTrial, path: str | None, strategy: str, tokens: int)
 def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> gr.Blocks:
     """The page for a model of this name; `examples` are image files to choose from."""
     config = trial.config
+    most_tokens = max(2, trial.most_tokens)  # a slider needs a range
     with gr.Blocks(
         title=f"Famba-V: {name}", analytics_enabled=False, delete_cache=(_FILE_SECONDS, _FILE_SECONDS)
     ) as page:
         gr.Markdown(f"# Famba-V: {name}\n{_INTRODUCTION}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = _ImageFile(label="Image", sources=["upload", "clipboard"], height=260, buttons=[])
+                image = gr.Image(label="Image", sources=["upload", "clipboard"], height=260, buttons=[])
+                image.preprocess = file_path
                 strategy = gr.Radio(
-                    trial.strategies, value=config.fusion_strategy, label="Strategy", info="the layers that fuse"
+                    trial.strategies, value=config.fusion_strategy, label="Strategy", info="which layers fuse"
                 )
                 tokens = gr.Slider(
                     1,
-                    trial.most_tokens,
-                    value=max(1, min(config.fusion_tokens, trial.most_tokens)),
+                    most_tokens,
+                    value=max(1, min(config.fusion_tokens, most_tokens)),
                     step=1,
                     precision=0,
                     label="r",
-                    info="tokens removed at each of these layers, or half of the patches that are left if r is more",
+                    info="tokens that each of them removes; at most half of the patches that it receives",
                 )
                 if examples:
                     gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples")
-            with gr.Column(scale=3, min_width=300):
-                classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES)
+            with gr.Column(scale=5, min_width=300):
+                with gr.Row():
+                    classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES, min_width=240)
+                    lengths = gr.BarPlot(
+                        x="layer",
+                        y="tokens",
+                        y_lim=[0, config.num_patches + 1],
+                        height=210,
+                        label="Tokens that each layer scans",
+                        min_width=240,
+                        buttons=[],
+                    )
                 text = gr.Markdown(NO_IMAGE, container=True)
-                lengths = gr.BarPlot(
-                    x="layer",
-                    y="tokens",
-                    y_lim=[0, config.num_patches + 1],
-                    height=180,
-                    label="Tokens that each layer scans",
+                drawings = gr.Gallery(
+                    show_label=False,
+                    format="png",  # lines stay sharp
+                    columns=3,
+                    height="auto",
+                    buttons=["download", "fullscreen"],
+                    interactive=False,
+                    elem_id="drawings",
                 )
-        drawings = gr.Gallery(
-            label="Patches that have become one token have one colour and an outline; they need not touch",
-            format="png",  # lines stay sharp
-            columns=4,
-            object_fit="contain",
-            height="auto",
-            buttons=["download", "fullscreen"],
-            interactive=False,
-        )
+                gr.Markdown("Patches that have become one token have one colour and an outline; they need not touch.")
         gr.on(
             [image.change, strategy.change, tokens.change],
             lambda *values: try_fusion(trial, *values),
@@ -122,3 +135,28 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
             api_name="try_fusion",
         )
     return page
+
+
+def launch(page: gr.Blocks, host: str | None, port: int | None) -> None:
+    """Serve the page until the process is interrupted, and say where.
+
+    Args:
+        host, port: where to listen; gradio's environment variables or its own choice if None.
+
+    Raises:
+        OSError: if the port is not free.
+    """
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=_LARGEST_UPLOAD,
+        theme=_THEME,
+        css=_CSS,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        quiet=True,  # gradio's own words offer a public link
+        prevent_thread_lock=True,
+    )
+    print(f"The page is at {url}; Ctrl-C ends it.", flush=True)
+    page.block_thread()

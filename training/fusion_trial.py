@@ -54,7 +54,7 @@ class FusionTrial:
         self.strategies = [UNFUSED["fusion_strategy"], *STRATEGIES]
         if self.config.fusion_strategy not in self.strategies:
             self.strategies.append(self.config.fusion_strategy)
-        self.most_tokens = max(1, self.config.num_patches // 2)
+        self.most_tokens = self.config.num_patches // 2
 
     def fusion(self, strategy: str, tokens: int) -> dict[str, Any]:
         """Fusion fields for a strategy and its tokens per layer; the model's own strategy keeps its own layers."""
