@@ -16,7 +16,7 @@ from helpers import noise, save_classifier
 from scoring import load_classifier
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WAIT_SECONDS = 30
+WAIT_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def requested_hosts(browser) -> set[str | None]:
     return {urlsplit(request["request"]["url"]).hostname for request in requests}
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_visit(page_url, browser, tmp_path):
     """Upload, move the slider, switch the strategy, upload what is no image, choose an example."""
     from selenium.webdriver.common.by import By
