@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ _MIN_SECONDS = 1.0
 
 @torch.inference_mode()
 def forward_seconds(
-    model: PreTrainedModel, pixel_values: Tensor, fusions: list[dict[str, Any]], min_seconds: float = _MIN_SECONDS
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    fusions: list[dict[str, Any]],
+    min_seconds: float = _MIN_SECONDS,
+    summary: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
     """Seconds of a forward pass with each of several fusions, warm.
 
@@ -27,9 +32,10 @@ def forward_seconds(
         pixel_values: a batch, on the model's device.
         fusions: fusion fields, see `fusion_settings.with_fusion`.
         min_seconds: how long to measure; five rounds at least.
+        summary: of all rounds, for each fusion.
 
     Returns:
-        the median over all rounds for each fusion.
+        the summary for each fusion, by default the median.
     """
     was_training = model.training
     model.eval()
@@ -41,7 +47,7 @@ def forward_seconds(
         for values, fusion in zip(seconds, fusions):
             values.append(_pass_seconds(model, pixel_values, fusion))
     model.train(was_training)
-    return [statistics.median(values) for values in seconds]
+    return [summary(values) for values in seconds]
 
 
 def measured_speedup(model: PreTrainedModel, pixel_values: Tensor, fusion: dict[str, Any]) -> float:

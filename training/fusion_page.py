@@ -33,11 +33,6 @@ _CSS = """
 """
 
 
-def file_path(payload: gr.data_classes.ImageData | None) -> str | None:
-    """The file of an uploaded image, unopened. gr.Image itself fails with a stack trace if it cannot open it."""
-    return None if payload is None else payload.path
-
-
 def describe(answer: Answer) -> str:
     """Tokens and times of an answer, as Markdown."""
     config, milliseconds = answer.config, 1000 * answer.seconds
@@ -59,20 +54,25 @@ def token_table(answer: Answer) -> pd.DataFrame:
     return pd.DataFrame({"layer": [str(number) for number in range(1, len(lengths) + 1)], "tokens": lengths})
 
 
-def try_fusion(trial: FusionTrial, path: str | None, strategy: str, tokens: int) -> tuple[Any, ...]:
+def try_fusion(trial: FusionTrial, upload: dict[str, Any] | None, strategy: str, tokens: int) -> tuple[Any, ...]:
     """What the page shows: probabilities by class, a text, tokens per layer, and drawings with titles.
 
+    Args:
+        upload: the file of the image as `path`, or None if there is none.
+        strategy, tokens: the fusion to try.
+
     Raises:
-        gr.Error: if the image cannot be read, or the fusion would remove no token.
+        gr.Error: if the image cannot be read, or the fusion has a wrong value or would remove no token.
     """
-    if path is None:
+    if upload is None:
         return None, NO_IMAGE, None, None
+    path = Path(upload["path"])
     try:
-        answer = trial.answer(read_image(Path(path)), strategy, int(tokens))
+        answer = trial.answer(read_image(path), strategy, tokens)
     except (ValueError, StrictDataclassError) as error:
         # The cause is the configuration's own sentence; the folder is one of the server's
         message = str(error.__cause__ or error) if isinstance(error, StrictDataclassError) else str(error)
-        raise gr.Error(message.replace(f"{Path(path).parent}/", ""), print_exception=False) from error
+        raise gr.Error(message.replace(f"{path.parent}/", ""), print_exception=False) from error
     tiles, titles = fusion_tiles(answer.trace, fused_layers(answer.config))
     return answer.probabilities, describe(answer), token_table(answer), list(zip(tiles, titles))
 
@@ -88,7 +88,6 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], height=260, buttons=[])
-                image.preprocess = file_path
                 strategy = gr.Radio(
                     trial.strategies, value=config.fusion_strategy, label="Strategy", info="which layers fuse"
                 )
@@ -104,7 +103,7 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
                 if examples:
                     gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples")
             with gr.Column(scale=5, min_width=300):
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES, min_width=240)
                     lengths = gr.BarPlot(
                         x="layer",
@@ -131,6 +130,7 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
             lambda *values: try_fusion(trial, *values),
             [image, strategy, tokens],
             [classes, text, lengths, drawings],
+            preprocess=False,  # gradio's own checks of images and numbers fail with a stack trace
             trigger_mode="always_last",  # a slider that is dragged asks once for where it ends
             api_name="try_fusion",
         )

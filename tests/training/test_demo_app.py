@@ -53,7 +53,7 @@ def trial(model_folder):
 
 def test_an_answer_on_the_page(fusion_page, trial, tmp_path):
     noise("RGBA", 33, 20).save(tmp_path / "photo.png")
-    classes, text, lengths, drawings = fusion_page.try_fusion(trial, str(tmp_path / "photo.png"), "all", 3)
+    classes, text, lengths, drawings = fusion_page.try_fusion(trial, {"path": str(tmp_path / "photo.png")}, "all", 3)
     assert sum(classes.values()) == pytest.approx(1) and len(classes) == 4
     assert "**65% of the tokens** are left to scan, layer by layer 14 11 8 of 17." in text
     assert "times as fast" in text
@@ -64,7 +64,7 @@ def test_an_answer_on_the_page(fusion_page, trial, tmp_path):
 
 def test_without_fusion_there_is_one_time(fusion_page, trial, tmp_path):
     noise().save(tmp_path / "a.png")
-    _, text, lengths, drawings = fusion_page.try_fusion(trial, str(tmp_path / "a.png"), "none", 3)
+    _, text, lengths, drawings = fusion_page.try_fusion(trial, {"path": str(tmp_path / "a.png")}, "none", 3)
     assert text.startswith("No layer fuses: all 3 scan 17 tokens.") and "times as fast" not in text
     assert lengths["tokens"].tolist() == [17, 17, 17] and len(drawings) == 1
 
@@ -87,7 +87,10 @@ def test_no_image_is_no_error(fusion_page, trial):
         ("drawing.svg", "all", 2, "drawing.svg: this image cannot be read: "),
         ("gone.png", "all", 2, "gone.png: no such image"),
         ("a.png", "all", 0, "fusion_tokens=0 with fusion_strategy='all' would remove no token"),
-        ("a.png", "some", 2, "some"),
+        ("a.png", "all", -1, "fusion_tokens"),
+        ("a.png", "all", None, "fusion_tokens"),
+        ("a.png", "all", 2.5, "fusion_tokens"),
+        ("a.png", "some", 2, "fusion_strategy"),
     ],
     ids=str,
 )
@@ -96,7 +99,7 @@ def test_errors_are_sentences(gradio, fusion_page, trial, tmp_path, name, strate
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "drawing.svg").write_text("<svg/>")
     with pytest.raises(gradio.Error) as error:
-        fusion_page.try_fusion(trial, str(tmp_path / name), strategy, tokens)
+        fusion_page.try_fusion(trial, {"path": str(tmp_path / name)}, strategy, tokens)
     assert expected in error.value.message and str(tmp_path) not in error.value.message
     assert not error.value.print_exception
 
@@ -106,7 +109,7 @@ def test_a_strategy_without_a_layer_is_a_sentence(gradio, fusion_page, tmp_path)
     trial = FusionTrial(*load_classifier(str(folder), {}))
     noise().save(tmp_path / "a.png")
     with pytest.raises(gradio.Error, match="fuses no layer"):
-        fusion_page.try_fusion(trial, str(tmp_path / "a.png"), "interleaved", 2)
+        fusion_page.try_fusion(trial, {"path": str(tmp_path / "a.png")}, "interleaved", 2)
 
 
 def test_a_page_for_a_model_of_one_patch(fusion_page, tmp_path):
@@ -203,7 +206,7 @@ def requested_hosts(browser) -> set[str | None]:
 
 @pytest.mark.timeout(600)
 def test_a_visit(page_url, browser, tmp_path):
-    """Upload, move the slider, switch the strategy, upload what is no image, choose an example."""
+    """Choose an example, upload, move the slider, switch the strategy, upload what is no image."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -217,12 +220,19 @@ def test_a_visit(page_url, browser, tmp_path):
     def drawings() -> list[str]:
         return [image.get_attribute("src") for image in browser.find_elements(By.CSS_SELECTOR, "#drawings img")]
 
+    def clear() -> None:
+        browser.find_element(By.CSS_SELECTOR, "button[aria-label=Clear], button[aria-label='Remove Image']").click()
+        wait_for("Drop an image on the left")
+
     noise("RGBA", 50, 40).save(tmp_path / "photo.png")
     (tmp_path / "text.png").write_text("no image")
     browser.implicitly_wait(WAIT_SECONDS)
 
     browser.get(page_url)
     wait_for("Drop an image on the left")
+    browser.find_element(By.CSS_SELECTOR, ".gallery button").click()
+    wait_for("layer 3: 13 of 17 tokens")
+    clear()
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "photo.png"))
     wait_for("layer by layer 17 15 13 of 17")
     wait_for("layer 3: 13 of 17 tokens")
@@ -241,8 +251,7 @@ def test_a_visit(page_url, browser, tmp_path):
     browser.find_element(By.CSS_SELECTOR, "input[type=radio][value=none]").click()
     wait_for("No layer fuses: all 3 scan 17 tokens.")
 
-    browser.find_element(By.CSS_SELECTOR, "button[aria-label=Clear], button[aria-label='Remove Image']").click()
-    wait_for("Drop an image on the left")
+    clear()
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "text.png"))
     wait_for("text.png: this image cannot be read")
     assert requested_hosts(browser) <= {"127.0.0.1", None}
