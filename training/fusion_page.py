@@ -103,13 +103,13 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
                 if examples:
                     gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples")
             with gr.Column(scale=5, min_width=300):
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES, min_width=240)
                     lengths = gr.BarPlot(
                         x="layer",
                         y="tokens",
                         y_lim=[0, config.num_patches + 1],
-                        height=210,
+                        height=282,  # of the classes beside it
                         label="Tokens that each layer scans",
                         min_width=240,
                         buttons=[],

@@ -13,7 +13,7 @@ from modeling_fambav import FambaVConfig
 from pixels import normalize, to_pixels
 from visualize_fusion import FusionTrace, trace_fusion
 
-_TIMED_SECONDS = 0.2  # short, because somebody waits; five passes at least
+_TIMED_SECONDS = 0.5  # short, because somebody waits; five passes at least
 
 
 class Answer(NamedTuple):

@@ -87,7 +87,7 @@ def test_no_image_is_no_error(fusion_page, trial):
         ("drawing.svg", "all", 2, "drawing.svg: this image cannot be read: "),
         ("gone.png", "all", 2, "gone.png: no such image"),
         ("a.png", "all", 0, "fusion_tokens=0 with fusion_strategy='all' would remove no token"),
-        ("a.png", "all", -1, "fusion_tokens"),
+        ("a.png", "all", -1, "expected an integer >= 0, got -1"),
         ("a.png", "all", None, "fusion_tokens"),
         ("a.png", "all", 2.5, "fusion_tokens"),
         ("a.png", "some", 2, "fusion_strategy"),
