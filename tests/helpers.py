@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_fambav import FambaVConfig
+from modeling_fambav import FambaVConfig, FambaVForImageClassification
 from modeling_fambav.selective_scan import selective_scan
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -42,6 +43,16 @@ def tiny_config(**fields) -> FambaVConfig:
             **fields,
         }
     )
+
+
+def save_classifier(folder: Path, **fields) -> Path:
+    """A random `tiny_config` classifier with its processor; returns the folder."""
+    torch.manual_seed(0)
+    model = FambaVForImageClassification(tiny_config(**fields))
+    model.save_pretrained(folder)
+    height, width = model.config.image_height_width
+    ViTImageProcessorPil(size={"height": height, "width": width}).save_pretrained(folder)
+    return folder
 
 
 def read_fixture(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

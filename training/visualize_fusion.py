@@ -45,6 +45,7 @@ class FusionTrace(NamedTuple):
         pixels: uint8 `(H, W, 3)`, the image at the size of the model.
         tokens: per layer int `(rows, columns)`, which of the tokens that it scans carries each patch.
         similarities: per layer float32 `(T, T)`, cosine similarities of the T normed tokens that enter it.
+        probabilities: float32 `(num_labels,)`, of every class.
         label: the predicted class.
         probability: of that class, in [0, 1].
     """
@@ -52,6 +53,7 @@ class FusionTrace(NamedTuple):
     pixels: np.ndarray
     tokens: list[np.ndarray]
     similarities: list[np.ndarray]
+    probabilities: np.ndarray
     label: str
     probability: float
 
@@ -70,7 +72,8 @@ def trace_fusion(model: PreTrainedModel, processor: BaseImageProcessor, image: I
     )
     grid = config.patch_grid_of(*pixels.shape[1:])
     class_index = model.fambav.embeddings.class_index_of(grid[0] * grid[1])
-    probability, index = outputs.logits[0].float().softmax(dim=0).max(dim=0)
+    probabilities = outputs.logits[0].float().softmax(dim=0)
+    probability, index = probabilities.max(dim=0)
     return FusionTrace(
         pixels=pixels.permute(1, 2, 0).numpy(),
         tokens=[patch_tokens(token_map[0].numpy(), class_index, grid) for token_map in outputs.token_maps],
@@ -78,6 +81,7 @@ def trace_fusion(model: PreTrainedModel, processor: BaseImageProcessor, image: I
             cosine_similarities(layer.norm(hidden_states)[0]).numpy()
             for layer, hidden_states in zip(model.fambav.layers, outputs.hidden_states)
         ],
+        probabilities=probabilities.numpy(),
         label=config.id2label[index.item()],
         probability=probability.item(),
     )
@@ -87,6 +91,11 @@ def cosine_similarities(tokens: Tensor) -> Tensor:
     """`(T, D)` to float32 `(T, T)`."""
     directions = torch.nn.functional.normalize(tokens.float(), dim=-1)
     return directions @ directions.mT
+
+
+def fused_layers(config: FambaVConfig) -> list[int]:
+    """The layers that fuse, counted from 0."""
+    return [layer for layer, removed in enumerate(config.tokens_removed) if removed]
 
 
 def fusion_tiles(trace: FusionTrace, layers: Sequence[int]) -> tuple[list[np.ndarray], list[str]]:
@@ -126,7 +135,7 @@ def write_pictures(
     """
     stem = Path(name).stem
     files = [folder / f"{stem}_fusion.png", folder / f"{stem}_similarity.png"]
-    fused = [layer for layer, removed in enumerate(config.tokens_removed) if removed]
+    fused = fused_layers(config)
     heading = [f"{name}: predicted {trace.label} ({trace.probability:.1%})"]
     if not fused:
         heading.append(no_fusion(config))

@@ -7,26 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import visualize_fusion
 from fusion_drawing import LINE_COLOR, average_colors, borders, draw_tokens, patch_tokens, spread_over_pixels
 from fusion_figures import columns_for, heat_map_figure, tile_figure
-from helpers import noise, tiny_config
-from modeling_fambav import FambaVForImageClassification
+from helpers import noise, save_classifier
 
 # Two rows of three patches: a token in two places, one of two patches that touch, two of a patch each
 TOKENS = np.array([[4, 7, 7], [2, 0, 4]])
-
-
-def save_classifier(folder, **fields):
-    """A random classifier with its processor; returns the folder."""
-    torch.manual_seed(0)
-    model = FambaVForImageClassification(tiny_config(**fields))
-    model.save_pretrained(folder)
-    height, width = model.config.image_height_width
-    ViTImageProcessorPil(size={"height": height, "width": width}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,257 @@
+"""The page: what it shows and refuses, its command line, and its use in a browser that reaches nothing else."""
+
+import json
+import shutil
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+
+import demo_app
+import fusion_trial
+from child_process import REPOSITORY
+from fusion_trial import FusionTrial
+from helpers import noise, save_classifier
+from scoring import load_classifier
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WAIT_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = save_classifier(tmp_path_factory.mktemp("models") / "shapes", num_labels=4)
+    (folder / "examples").mkdir()
+    noise("P", 9, 5).save(folder / "examples" / "b.png")
+    noise("L", 40, 30).save(folder / "examples" / "a.jpg")
+    (folder / "examples" / "notes.txt").write_text("no image")
+    noise().save(folder / "training.png")  # a plot, no example
+    return folder
+
+
+# ---- what it shows ----
+
+
+@pytest.fixture(scope="module")
+def gradio():
+    return pytest.importorskip("gradio", reason='gradio is not installed: pip install -e ".[app]"')
+
+
+@pytest.fixture
+def fusion_page(gradio, monkeypatch):
+    import fusion_page
+
+    monkeypatch.setattr(fusion_trial, "_TIMED_SECONDS", 0)
+    return fusion_page
+
+
+@pytest.fixture
+def trial(model_folder):
+    return FusionTrial(*load_classifier(str(model_folder), {}))
+
+
+def test_an_answer_on_the_page(fusion_page, trial, tmp_path):
+    noise("RGBA", 33, 20).save(tmp_path / "photo.png")
+    classes, text, lengths, drawings = fusion_page.try_fusion(trial, {"path": str(tmp_path / "photo.png")}, "all", 3)
+    assert sum(classes.values()) == pytest.approx(1) and len(classes) == 4
+    assert "**65% of the tokens** are left to scan, layer by layer 14 11 8 of 17." in text
+    assert "times as fast" in text
+    assert lengths["layer"].tolist() == ["1", "2", "3"] and lengths["tokens"].tolist() == [14, 11, 8]
+    titles = [title for _, title in drawings]
+    assert titles[1:] == ["layer 1: 14 of 17 tokens", "layer 2: 11 of 17 tokens", "layer 3: 8 of 17 tokens"]
+
+
+def test_without_fusion_there_is_one_time(fusion_page, trial, tmp_path):
+    noise().save(tmp_path / "a.png")
+    _, text, lengths, drawings = fusion_page.try_fusion(trial, {"path": str(tmp_path / "a.png")}, "none", 3)
+    assert text.startswith("No layer fuses: all 3 scan 17 tokens.") and "times as fast" not in text
+    assert lengths["tokens"].tolist() == [17, 17, 17] and len(drawings) == 1
+
+
+def test_a_schedule_says_that_r_is_not_used(fusion_page, model_folder):
+    own = {"fusion_strategy": "custom", "fusion_schedule": [0, 3, 3]}
+    trial = FusionTrial(*load_classifier(str(model_folder), own))
+    answer = trial.answer(noise(), "custom", 7)
+    assert "The model's own schedule, whatever r is." in fusion_page.describe(answer)
+
+
+def test_no_image_is_no_error(fusion_page, trial):
+    assert fusion_page.try_fusion(trial, None, "all", 3) == (None, fusion_page.NO_IMAGE, None, None)
+
+
+@pytest.mark.parametrize(
+    "name, strategy, tokens, expected",
+    [
+        ("text.png", "all", 2, "text.png: this image cannot be read: "),
+        ("drawing.svg", "all", 2, "drawing.svg: this image cannot be read: "),
+        ("gone.png", "all", 2, "gone.png: no such image"),
+        ("a.png", "all", 0, "fusion_tokens=0 with fusion_strategy='all' would remove no token"),
+        ("a.png", "all", -1, "expected an integer >= 0, got -1"),
+        ("a.png", "all", None, "fusion_tokens"),
+        ("a.png", "all", 2.5, "fusion_tokens"),
+        ("a.png", "some", 2, "fusion_strategy"),
+    ],
+    ids=str,
+)
+def test_errors_are_sentences(gradio, fusion_page, trial, tmp_path, name, strategy, tokens, expected):
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "drawing.svg").write_text("<svg/>")
+    with pytest.raises(gradio.Error) as error:
+        fusion_page.try_fusion(trial, {"path": str(tmp_path / name)}, strategy, tokens)
+    assert expected in error.value.message and str(tmp_path) not in error.value.message
+    assert not error.value.print_exception
+
+
+def test_a_strategy_without_a_layer_is_a_sentence(gradio, fusion_page, tmp_path):
+    folder = save_classifier(tmp_path / "model", num_hidden_layers=1)
+    trial = FusionTrial(*load_classifier(str(folder), {}))
+    noise().save(tmp_path / "a.png")
+    with pytest.raises(gradio.Error, match="fuses no layer"):
+        fusion_page.try_fusion(trial, {"path": str(tmp_path / "a.png")}, "interleaved", 2)
+
+
+def test_a_page_for_a_model_of_one_patch(fusion_page, tmp_path):
+    folder = save_classifier(tmp_path, image_size=4, fusion_strategy="none")
+    page = fusion_page.build_page(FusionTrial(*load_classifier(str(folder), {})), "one patch")
+    assert not page.analytics_enabled
+
+
+# ---- the command line ----
+
+
+def test_examples_are_the_images_in_the_folder_of_that_name(model_folder, tmp_path):
+    names = [path.name for path in demo_app.find_examples(str(model_folder), None)]
+    assert names == ["a.jpg", "b.png"]
+    assert demo_app.find_examples("owner/on-the-hub", None) == []
+    assert demo_app.find_examples(str(model_folder), []) == []
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["nowhere"], "error: "),
+        (["model", "--examples", "missing.png"], "error: --examples missing.png: no such image"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(gradio, model_folder, monkeypatch, tmp_path, words, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model_folder)
+    monkeypatch.setattr(sys, "argv", ["demo_app.py", *words])
+    with pytest.raises(SystemExit) as end:
+        demo_app.main()
+    assert end.value.code.startswith(expected)
+
+
+def test_without_gradio_it_says_how_to_install_it(model_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "fusion_page", raising=False)
+    monkeypatch.setattr(sys, "argv", ["demo_app.py", str(model_folder)])
+    with pytest.raises(SystemExit) as end:
+        demo_app.main()
+    assert end.value.code == 'error: the page needs gradio: pip install -e ".[app]"'
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture
+def page_url(gradio, model_folder, tmp_path):
+    """The address of the page, served by a process of its own whose log has no stack trace in the end."""
+    log = tmp_path / "server.log"
+    with log.open("w") as errors:
+        server = subprocess.Popen(
+            [sys.executable, "training/demo_app.py", str(model_folder)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("The page is at http"), line + log.read_text()
+        yield line.split()[4].rstrip(";")
+    finally:
+        server.terminate()
+        server.communicate(timeout=WAIT_SECONDS)
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture
+def browser():
+    """Chromium without a window, that resolves no name."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver = shutil.which("chromedriver")
+    if BROWSER is None or driver is None:
+        pytest.skip("chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1200"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+def requested_hosts(browser) -> set[str | None]:
+    """Hosts of all requests of the page; None for data within it."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return {urlsplit(request["request"]["url"]).hostname for request in requests}
+
+
+@pytest.mark.timeout(600)
+def test_a_visit(page_url, browser, tmp_path):
+    """Choose an example, upload, move the slider, switch the strategy, upload what is no image."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def wait_for(text: str) -> None:
+        def is_shown(_) -> bool:
+            return text in browser.find_element(By.TAG_NAME, "body").text
+
+        WebDriverWait(browser, WAIT_SECONDS).until(is_shown, f"no {text!r} in the page")
+
+    def drawings() -> list[str]:
+        return [image.get_attribute("src") for image in browser.find_elements(By.CSS_SELECTOR, "#drawings img")]
+
+    def clear() -> None:
+        browser.find_element(By.CSS_SELECTOR, "button[aria-label=Clear], button[aria-label='Remove Image']").click()
+        wait_for("Drop an image on the left")
+
+    noise("RGBA", 50, 40).save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_text("no image")
+    browser.implicitly_wait(WAIT_SECONDS)
+
+    browser.get(page_url)
+    wait_for("Drop an image on the left")
+    browser.find_element(By.CSS_SELECTOR, ".gallery button").click()
+    wait_for("layer 3: 13 of 17 tokens")
+    clear()
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "photo.png"))
+    wait_for("layer by layer 17 15 13 of 17")
+    wait_for("layer 3: 13 of 17 tokens")
+    two = drawings()
+    assert len(two) == 3
+
+    browser.find_element(By.CSS_SELECTOR, "input[type=range]").send_keys(Keys.ARROW_RIGHT)
+    wait_for("layer by layer 17 14 11 of 17")
+    wait_for("layer 3: 11 of 17 tokens")
+    three = drawings()
+    assert three[0] == two[0] and three[1] != two[1]
+
+    browser.find_element(By.CSS_SELECTOR, "input[type=radio][value=all]").click()
+    wait_for("layer by layer 14 11 8 of 17")
+    wait_for("layer 1: 14 of 17 tokens")
+    browser.find_element(By.CSS_SELECTOR, "input[type=radio][value=none]").click()
+    wait_for("No layer fuses: all 3 scan 17 tokens.")
+
+    clear()
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "text.png"))
+    wait_for("text.png: this image cannot be read")
+    assert requested_hosts(browser) <= {"127.0.0.1", None}

@@ -1,0 +1,62 @@
+"""A page to try a trained classifier in the browser: its classes, which patches fuse, and what fusion costs and buys.
+
+    python training/demo_app.py outputs/demo/upper --examples outputs/demo/digit.png
+
+Prints the address of the page. It needs no network: nothing on it comes from elsewhere, and nothing is reported. Image
+files in the folder `examples` of a model's folder are offered to choose from; `--examples` offers others.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+
+from fusion_trial import FusionTrial
+from memory import keep_freed_memory
+from scoring import load_classifier
+
+
+def find_examples(model: str, given: list[Path] | None) -> list[Path]:
+    """The images to choose from: those given, or those in the folder `examples` of the model's folder.
+
+    Raises:
+        ValueError: if one that was given is missing.
+    """
+    if given is not None:
+        if missing := [path for path in given if not path.is_file()]:
+            raise ValueError(f"--examples {missing[0]}: no such image")
+        return given
+    suffixes = Image.registered_extensions()
+    return [path for path in sorted(Path(model, "examples").glob("*")) if path.suffix.lower() in suffixes]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="folder or Hub id of a trained classifier")
+    parser.add_argument("--examples", nargs="*", type=Path, metavar="image", help="image files to choose from")
+    parser.add_argument("--host", help="address to listen on; GRADIO_SERVER_NAME or this machine only if not given")
+    parser.add_argument("--port", type=int, help="GRADIO_SERVER_PORT or the first free one from 7860 if not given")
+    args = parser.parse_args()
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
+    try:
+        from fusion_page import build_page, launch
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: the page needs {error.name}: pip install -e ".[app]"')
+    keep_freed_memory()
+    try:
+        examples = find_examples(args.model, args.examples)
+        trial = FusionTrial(*load_classifier(args.model, {}))
+        trial.answer(Image.new("RGB", (1, 1)), trial.config.fusion_strategy, trial.most_tokens)  # compiles the kernels
+        launch(build_page(trial, Path(args.model).resolve().name, examples), args.host, args.port)
+    except (ValueError, StrictDataclassError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
