@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -115,13 +114,13 @@ def new_file(path: Path) -> Iterator[Path]:
     if path.exists():
         raise ValueError(f"{path}: exists already; remove it or name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.touch()  # fails here and not after minutes of export
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield unfinished
+        os.replace(unfinished, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def check_packages() -> None:

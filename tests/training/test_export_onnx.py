@@ -63,6 +63,15 @@ def test_logits_are_those_of_the_model(fields, tmp_path):
 # ---- the command ----
 
 
+def test_a_file_appears_whole_with_the_usual_permissions(tmp_path):
+    with export_onnx.new_file(tmp_path / "a.onnx") as unfinished:
+        unfinished.write_bytes(b"new")
+        assert not (tmp_path / "a.onnx").exists()
+    (tmp_path / "b.onnx").touch()
+    assert (tmp_path / "a.onnx").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "a.onnx").stat().st_mode == (tmp_path / "b.onnx").stat().st_mode
+
+
 def test_the_command_writes_a_file_for_any_batch_size(model_folder, monkeypatch, tmp_path, capsys):
     path = tmp_path / "new" / "model.onnx"
     run(monkeypatch, model_folder, path, "--fusion_strategy", "upper", "--fusion_tokens", 3)
