@@ -82,9 +82,7 @@ def test_results_are_those_of_the_contract(trained):
     num_images = NUM_STEPS * FLAGS["per_device_train_batch_size"]
     assert results["images_per_second"] == pytest.approx(num_images / results["train_seconds"])
     # Several cores may work, or this process may wait for others
-    assert (
-        0.1 * results["train_seconds"] < results["processor_seconds"] < 2 * os.cpu_count() * results["train_seconds"]
-    )
+    assert 0.1 * results["train_seconds"] < results["processor_seconds"] < 2 * os.cpu_count() * results["train_seconds"]
     assert 2**27 < results["peak_memory_bytes"] < 2**36  # an interpreter with torch takes more than 128 MiB
     assert results["device"].startswith("cpu: ")
     assert results["scan_backend"] == "numba"
