@@ -480,7 +480,7 @@ class FambaVBackbone(BackboneMixin, FambaVPreTrainedModel):
         outputs = self.fambav(pixel_values, interpolate_pos_encoding, output_token_maps=True, **kwargs)
         grid = self.config.patch_grid_of(*pixel_values.shape[-2:])
         class_index = self.fambav.embeddings.class_index_of(math.prod(grid))
-        first_map = torch.arange(math.prod(grid) + 1, device=pixel_values.device).expand(len(pixel_values), -1)
+        first_map = torch.arange(math.prod(grid) + 1, device=pixel_values.device).expand(pixel_values.shape[0], -1)
         token_maps = (first_map, *outputs.token_maps)
 
         feature_maps = ()

@@ -169,8 +169,11 @@ def uses_cpu_kernels(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and selective_scan_backend(tensor) == "numba"
 
 
-def set_selective_scan_backend(name: str | None) -> None:
+def set_selective_scan_backend(name: str | None) -> str | None:
     """Use this backend from now on: `"numba"`, `"mamba-ssm"`, `"triton"`, `"torch"`, or None to choose by device.
+
+    Returns:
+        what it was before.
 
     Raises:
         ValueError: if there is no such backend.
@@ -179,7 +182,8 @@ def set_selective_scan_backend(name: str | None) -> None:
     global _chosen
     if name is not None:
         _check_backend(name)
-    _chosen = name
+    previous, _chosen = _chosen, name
+    return previous
 
 
 def _check_backend(name: str) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from child_process import run_python
 from helpers import random_tensor, tiny_config
-from modeling_fambav import FambaVForImageClassification
+from modeling_fambav import FambaVBackbone, FambaVForImageClassification
 
 
 @pytest.mark.parametrize("strategy", ["none", "upper"])
@@ -22,6 +22,17 @@ def test_exported_for_any_batch_size(position, strategy, tmp_path):
         pixel_values = random_tensor(batch_size, 3, 16, 16, seed=batch_size)
         with torch.no_grad():
             torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_exported_backbone_for_any_batch_size():
+    torch.manual_seed(0)
+    model = FambaVBackbone(tiny_config(out_indices=[1, 3])).eval()
+    batch = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    exported = torch.export.export(model, (random_tensor(3, 3, 16, 16, seed=0),), dynamic_shapes=batch).module()
+    pixel_values = random_tensor(5, 3, 16, 16, seed=1)
+    with torch.no_grad():
+        expected = model(pixel_values).feature_maps
+        torch.testing.assert_close(exported(pixel_values).feature_maps, expected, rtol=1e-5, atol=1e-5)
 
 
 EXPORT_FIRST = """
