@@ -3,7 +3,7 @@
 # make bench   time and memory beside DeiT, on this machine's CPU
 # make quality check style; make style mends it
 #
-# The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.10 or newer).
+# The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv

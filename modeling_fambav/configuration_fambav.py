@@ -180,7 +180,9 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **fields) -> "FambaVConfig":
-        """Configuration of one of Vim's sizes: `"vim-ti"` (7 million parameters), `"vim-s"` (26) or `"vim-b"` (98).
+        """Configuration of one of Vim's sizes: `"vim-ti"`, `"vim-s"` or `"vim-b"`.
+
+        With 1000 classes they have 7, 26 and 98 million parameters.
 
         Args:
             name: name of the size.

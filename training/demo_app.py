@@ -23,13 +23,13 @@ def find_examples(model: str, given: list[Path] | None) -> list[Path]:
     """The images to choose from: those given, or those in the folder `examples` of the model's folder.
 
     Raises:
-        ValueError: if one that was given is missing.
+        ValueError: if one that was given is missing or no image.
     """
-    if given is not None:
-        if missing := [path for path in given if not path.is_file()]:
-            raise ValueError(f"--examples {missing[0]}: no such image")
-        return given
     suffixes = Image.registered_extensions()
+    if given is not None:
+        if wrong := [path for path in given if not path.is_file() or path.suffix.lower() not in suffixes]:
+            raise ValueError(f"--examples {wrong[0]}: no such image")
+        return given
     return [path for path in sorted(Path(model, "examples").glob("*")) if path.suffix.lower() in suffixes]
 
 
@@ -50,6 +50,8 @@ def main() -> None:
         sys.exit(f'error: the page needs {error.name}: pip install -e ".[app]"')
     keep_freed_memory()
     try:
+        if args.port is not None and not 0 < args.port < 65536:
+            raise ValueError(f"--port {args.port}: expected 1 to 65535")
         examples = find_examples(args.model, args.examples)
         trial = FusionTrial(*load_classifier(args.model, {}))
         trial.answer(Image.new("RGB", (1, 1)), trial.config.fusion_strategy, trial.most_tokens)  # compiles the kernels

@@ -10,6 +10,7 @@ A model in which fusion was switched on has a natural teacher: itself, with all 
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
@@ -89,9 +90,9 @@ def load_teacher(
             f"{flag} {name}: the teacher has {config.num_labels} classes, expected the {len(label_names)} of the data"
         )
     teachers_processor = AutoImageProcessor.from_pretrained(name)
-    for field in ("image_mean", "image_std"):
+    for field in ("image_mean", "image_std", "rescale_factor"):
         expected, found = getattr(processor, field), getattr(teachers_processor, field)
-        if list(found) != list(expected):
+        if not np.array_equal(found, expected):
             raise ValueError(
                 f"{flag} {name}: {field} {found} of the teacher's image processor, expected the student's {expected}"
             )

@@ -6,10 +6,12 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from gradio.utils import get_upload_folder, is_in_or_equal
 from huggingface_hub.errors import StrictDataclassError
 
+from fusion_targets import token_share
 from fusion_trial import Answer, FusionTrial
-from visualize_fusion import fused_layers, fusion_tiles, no_fusion, read_image
+from visualize_fusion import fusion_tiles, layers_that_fuse, no_fusion, read_image
 
 NO_IMAGE = "Drop an image on the left, or choose one of the examples below it."
 _INTRODUCTION = (
@@ -36,15 +38,15 @@ _CSS = """
 def describe(answer: Answer) -> str:
     """Tokens and times of an answer, as Markdown."""
     config, milliseconds = answer.config, 1000 * answer.speedup.seconds
-    if not fused_layers(config):
+    if not layers_that_fuse(config):
         return f"{no_fusion(config)} A forward pass of this image takes **{milliseconds:.1f} ms**."
     lengths = config.sequence_lengths
-    share = sum(lengths) / (len(lengths) * (config.num_patches + 1))
     schedule = "The model's own schedule, whatever r is. " if config.fusion_strategy == "custom" else ""
     return (
-        f"{schedule}**{share:.0%} of the tokens** are left to scan, layer by layer {' '.join(map(str, lengths))} "
-        f"of {config.num_patches + 1}. A forward pass of this image takes **{milliseconds:.1f} ms**, without fusion "
-        f"{milliseconds * answer.speedup.times:.1f} ms: {answer.speedup.times:.2f} times as fast."
+        f"{schedule}**{token_share(config):.0%} of the tokens** are left to scan, layer by layer "
+        f"{' '.join(map(str, lengths))} of {config.num_patches + 1}. A forward pass of this image takes "
+        f"**{milliseconds:.1f} ms**, {answer.speedup.times:.2f} +- {answer.speedup.uncertainty:.2f} times as fast as "
+        "without fusion."
     )
 
 
@@ -73,12 +75,25 @@ def try_fusion(trial: FusionTrial, upload: dict[str, Any] | None, strategy: str,
         # The cause is the configuration's own sentence; the folder is one of the server's
         message = str(error.__cause__ or error) if isinstance(error, StrictDataclassError) else str(error)
         raise gr.Error(message.replace(f"{path.parent}/", ""), print_exception=False) from error
-    tiles, titles = fusion_tiles(answer.trace, fused_layers(answer.config))
+    tiles, titles = fusion_tiles(answer.trace, layers_that_fuse(answer.config))
     return answer.probabilities, describe(answer), token_table(answer), list(zip(tiles, titles))
+
+
+def is_upload(upload: dict[str, Any]) -> bool:
+    """Whether a payload names a file that was sent to the page, and not just any file of the server."""
+    path = upload.get("path")
+    return isinstance(path, str) and is_in_or_equal(path, get_upload_folder())
 
 
 def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> gr.Blocks:
     """The page for a model of this name; `examples` are image files to choose from."""
+
+    def answer(upload: dict[str, Any] | None, strategy: str, tokens: int) -> tuple[Any, ...]:
+        # Nobody else checks: anybody can call this without the page, and `preprocess=False` below
+        if upload is not None and not is_upload(upload):
+            raise gr.Error("expected an uploaded image", print_exception=False)
+        return try_fusion(trial, upload, strategy, tokens)
+
     config = trial.config
     most_tokens = max(2, trial.most_tokens)  # a slider needs a range
     with gr.Blocks(
@@ -127,7 +142,7 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
                 gr.Markdown("Patches that have become one token have one colour and an outline; they need not touch.")
         gr.on(
             [image.change, strategy.change, tokens.change],
-            lambda *values: try_fusion(trial, *values),
+            answer,
             [image, strategy, tokens],
             [classes, text, lengths, drawings],
             preprocess=False,  # gradio's own checks of images and numbers fail with a stack trace

@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from forward_speed import Speedup, measured_speedup
 from fusion_settings import STRATEGIES, UNFUSED, fused, with_fusion
+from fusion_targets import most_tokens
 from modeling_fambav import FambaVConfig
 from pixels import normalize, to_pixels
 from visualize_fusion import FusionTrace, trace_fusion
@@ -52,7 +53,7 @@ class FusionTrial:
         self.strategies = [UNFUSED["fusion_strategy"], *STRATEGIES]
         if self.config.fusion_strategy not in self.strategies:
             self.strategies.append(self.config.fusion_strategy)
-        self.most_tokens = self.config.num_patches // 2
+        self.most_tokens = most_tokens(self.config)
 
     def fusion(self, strategy: str, tokens: int) -> dict[str, Any]:
         """Fusion fields for a strategy and its tokens per layer; the model's own strategy keeps its own layers."""

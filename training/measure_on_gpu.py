@@ -9,9 +9,9 @@ Stages, each a command of its own that can be run by hand too (`--list` prints t
     upper, none    Vim-Ti on CIFAR-100's own 32 px, in bfloat16: accuracy over time, and two checkpoints to release
     table1         all strategies of Table 1 at this scale, a third of the epochs
 
-When the time is over the stage that runs is stopped; it saves a checkpoint. The same command goes on from there and
-leaves finished stages alone. `OUTPUT_DIR/stages.json` says what is finished, `accuracy_over_time.png` and `.json` how
-soon the runs passed 70 % and 76 %.
+When the time is over the stage that runs is stopped; a training saves a checkpoint before. The same command goes on
+from there, begins an unfinished `tests` or `benchmark` anew, and leaves finished stages alone. In the output folder,
+`stages.json` says what is finished, `accuracy_over_time.png` and `.json` how soon the runs passed 70 % and 76 %.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 
 from metrics_log import FILE as METRICS_FILE
 from metrics_log import read_log
+from saving import RESULTS_FILE
 
 TRAINING = Path(__file__).parent
 _RUNS = ("upper", "none")
@@ -105,6 +106,9 @@ def accuracy_over_time(output_dir: Path) -> dict[str, Any]:
         if not (output_dir / name / METRICS_FILE).exists():
             continue
         scored = [record for record in read_log(output_dir / name) if "top1" in record]
+        if (output_dir / name / RESULTS_FILE).exists():  # of the last epoch, which is not in the log
+            results = json.loads((output_dir / name / RESULTS_FILE).read_text())
+            scored.append({**results, "epoch": results["epochs"]})
         points = [{key: record[key] for key in ("epoch", "train_seconds", "top1", "ema_top1")} for record in scored]
         passed = {
             str(target): next((point["train_seconds"] for point in points if point["top1"] >= target), None)
@@ -164,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("error: torch finds no GPU; --list prints the commands that would be run")
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # of a job manager, of a terminal that closes: stop the stage too
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     deadline = time.monotonic() + 60 * args.minutes
     args.output_dir.mkdir(parents=True, exist_ok=True)
     record = args.output_dir / "stages.json"
@@ -174,7 +180,10 @@ def main(argv: list[str] | None = None) -> None:
             continue
         log = args.output_dir / f"{stage.name}.log"
         print(f"{stage.name}: running, see {log}", flush=True)
-        exit_codes[stage.name] = run_stage(stage, log, deadline)
+        try:
+            exit_codes[stage.name] = run_stage(stage, log, deadline)
+        except KeyboardInterrupt:
+            sys.exit(f"{stage.name}: stopped; the same command goes on from here")
         record.write_text(json.dumps(exit_codes, indent=1) + "\n")
         curves = accuracy_over_time(args.output_dir)
         (args.output_dir / "accuracy_over_time.json").write_text(json.dumps(curves, indent=1) + "\n")

@@ -11,21 +11,20 @@ from typing import Any
 
 from modeling_fambav import FambaVConfig
 from paper_tables import Cell, geometry
-from table_runs import Run
+from table_runs import REPORTED, Run
 from tables import markdown_table
 
 NOT_RUN = "not run"
-# Measures that train.py reports
-_REPORTED = ("top1", "top5", "ema_top1", "train_seconds", "processor_seconds", "peak_memory_bytes")
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]] | None:
     """Mean and standard deviation (n - 1; None for a single seed) of every measure; None without any result."""
     if not results:
         return None
-    values = {name: [result[name] for result in results] for name in _REPORTED}
+    values = {name: [result[name] for result in results] for name in REPORTED}
     # On a CPU the peak includes the interpreter and its libraries.
-    values["training_memory_bytes"] = [r["peak_memory_bytes"] - r["start_memory_bytes"] for r in results]
+    started = values.pop("start_memory_bytes")
+    values["training_memory_bytes"] = [peak - start for peak, start in zip(values["peak_memory_bytes"], started)]
     return {
         name: {"mean": statistics.mean(ours), "std": statistics.stdev(ours) if len(ours) > 1 else None}
         for name, ours in values.items()
@@ -123,8 +122,8 @@ def markdown(title: str, report: dict[str, Any]) -> str:
         )
     time = "processor time" if report["time_measure"] == "processor_seconds" else "time"
     text += [
-        "Ours are means over seeds, ± the standard deviation where there are several. Processor time is what the run "
-        "took of the cores, whatever else they did meanwhile.\n",
+        "Ours are means over seeds, ± the standard deviation where there are several. Processor time is what the "
+        "training process took of the cores, whatever else they did meanwhile.\n",
         markdown_table([_result_row(record) for record in records]),
         f"\n### Saved of the {time} and memory without fusion\n",
         "The limit for the time is the share of tokens that the layers do not see.\n",

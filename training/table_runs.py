@@ -15,9 +15,19 @@ from typing import Any
 from arguments import parse_arguments
 from paper_tables import Cell
 from saving import RESULTS_FILE
-from training_arguments import TrainingArguments, binding_arguments
+from training_arguments import OF_DISTILLATION, TrainingArguments, binding_arguments
 
 _LOG_TAIL_LINES = 15
+# Measures of a finished run that a table shows
+REPORTED = (
+    "top1",
+    "top5",
+    "ema_top1",
+    "train_seconds",
+    "processor_seconds",
+    "peak_memory_bytes",
+    "start_memory_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,22 @@ class Run:
         """What the finished run reports, or None if it is not finished.
 
         Raises:
-            ValueError: if it was trained with other flags than this run's.
+            ValueError: if it was trained with other flags than this run's, or does not report all that a table has.
         """
         path = self.folder / RESULTS_FILE
         if not path.exists():
             return None
         results = json.loads(path.read_text())
+        if missing := [name for name in REPORTED if name not in results]:
+            raise ValueError(f"{path}: without {missing[0]}, made by an older version; delete that folder")
         args, overrides = parse_arguments(TrainingArguments, "", self.words)
         expected = binding_arguments(args, overrides)
         # Flags that are not binding may differ; fields of the model that only the other run was given may not.
+        arguments = results["arguments"]
         free = {field.name for field in dataclasses.fields(args)} - expected.keys()
-        found = {name: value for name, value in results["arguments"].items() if name not in free}
+        if arguments.get("distillation_weight"):
+            free.difference_update(OF_DISTILLATION)
+        found = {name: value for name, value in arguments.items() if name not in free}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(

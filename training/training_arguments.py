@@ -37,7 +37,7 @@ _MINIMUMS = {
 }
 _BELOW_ONE = ("warmup_ratio", "label_smoothing", "ema_decay")
 _UP_TO_ONE = ("horizontal_flip_prob", "random_erasing_prob", "distillation_weight")
-_OF_DISTILLATION = ("distillation_weight", "distillation_temperature", "teacher_name_or_path")
+OF_DISTILLATION = ("distillation_weight", "distillation_temperature", "teacher_name_or_path")
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -172,5 +172,5 @@ def binding_arguments(args: TrainingArguments, overrides: dict[str, Any]) -> dic
     if args.streaming:  # each worker reads files of its own, so their number is the order of the images
         own["dataloader_num_workers"] = args.dataloader_num_workers
     if args.distillation_weight == 0:  # without a teacher, none of its flags shapes the run
-        own = {name: value for name, value in own.items() if name not in _OF_DISTILLATION}
+        own = {name: value for name, value in own.items() if name not in OF_DISTILLATION}
     return {**own, **{name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}}

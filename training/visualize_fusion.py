@@ -93,7 +93,7 @@ def cosine_similarities(tokens: Tensor) -> Tensor:
     return directions @ directions.mT
 
 
-def fused_layers(config: FambaVConfig) -> list[int]:
+def layers_that_fuse(config: FambaVConfig) -> list[int]:
     """The layers that fuse, counted from 0."""
     return [layer for layer, removed in enumerate(config.tokens_removed) if removed]
 
@@ -135,7 +135,7 @@ def write_pictures(
     """
     stem = Path(name).stem
     files = [folder / f"{stem}_fusion.png", folder / f"{stem}_similarity.png"]
-    fused = fused_layers(config)
+    fused = layers_that_fuse(config)
     heading = [f"{name}: predicted {trace.label} ({trace.probability:.1%})"]
     if not fused:
         heading.append(no_fusion(config))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 from urllib.parse import urlsplit
 
 import pytest
@@ -133,6 +134,8 @@ def test_examples_are_the_images_in_the_folder_of_that_name(model_folder, tmp_pa
     [
         (["nowhere"], "error: "),
         (["model", "--examples", "missing.png"], "error: --examples missing.png: no such image"),
+        (["model", "--examples", "model/config.json"], "error: --examples model/config.json: no such image"),
+        (["model", "--port", "99999"], "error: --port 99999: expected 1 to 65535"),
     ],
     ids=str,
 )
@@ -154,7 +157,7 @@ def test_without_gradio_it_says_how_to_install_it(model_folder, monkeypatch):
     assert end.value.code == 'error: the page needs gradio: pip install -e ".[app]"'
 
 
-# ---- in a browser ----
+# ---- served ----
 
 
 @pytest.fixture
@@ -177,6 +180,29 @@ def page_url(gradio, model_folder, tmp_path):
         server.terminate()
         server.communicate(timeout=WAIT_SECONDS)
     assert "Traceback" not in log.read_text()
+
+
+def post(page_url: str, *arguments) -> tuple[str, str]:
+    """Call the page as programs do: the kind of the last event, and what it holds."""
+    url = f"{page_url}gradio_api/call/try_fusion"
+    request = urllib.request.Request(
+        url, json.dumps({"data": arguments}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{url}/{event}", timeout=WAIT_SECONDS) as answer:
+        kind, data = answer.read().decode().strip().splitlines()[-2:]
+    return kind.removeprefix("event: "), data.removeprefix("data: ")
+
+
+def test_other_files_of_the_server_are_refused(page_url, model_folder, tmp_path):
+    noise().save(tmp_path / "secret.png")
+    for path in (str(tmp_path / "secret.png"), "/etc/passwd", str(tmp_path / "missing.png"), None):
+        kind, data = post(page_url, {"path": path, "url": "x"}, "all", 2)
+        assert kind == "error" and "secret" not in data and "passwd" not in data, (path, data)
+
+
+# ---- in a browser ----
 
 
 @pytest.fixture

@@ -1,20 +1,31 @@
 """The script for a GPU: its commands, its deadline and its bookkeeping, by stand-ins for the commands."""
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import measure_on_gpu
+import reproduce
 from arguments import parse_arguments
+from child_process import REPOSITORY
 from measure_on_gpu import Stage
 from training_arguments import TrainingArguments
 
 _COUNT = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(str(int(path.read_text()) + 1))"
-_SLEEP = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('saved'))); time.sleep(60)"
+_SLEEP = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("saved")))
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -40,6 +51,7 @@ def test_commands_are_ones_that_the_scripts_read(capsys):
     assert (
         tests[1:3] == ["-m", "pytest"] and benchmark[1].endswith("benchmark.py") and table[1].endswith("reproduce.py")
     )
+    assert reproduce.parse(table[2:]).scale == "native32"
     for words, strategy in ((upper, "upper"), (none, "none")):
         args, overrides = parse_arguments(TrainingArguments, "", words[2:])
         assert (args.dataset_name, args.mixed_precision) == ("my data", "bf16")
@@ -69,15 +81,37 @@ def test_a_stage_is_asked_to_stop_when_the_time_is_over(stand_ins, tmp_path):
     assert counts(tmp_path, "tests", "none") == [1, 0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_ends_with_the_script(number, tmp_path):
+    script = (
+        "import sys; import torch, measure_on_gpu as m; torch.cuda.is_available = lambda: True;"
+        f"m.stages = lambda *_: [m.Stage('upper', [sys.executable, '-c', {_SLEEP!r}])];"
+        f"m.main(['--output_dir', {str(tmp_path / 'out')!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'training'}{os.pathsep}{REPOSITORY}"}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("upper: running")
+    log = tmp_path / "out" / "upper.log"
+    while not log.exists() or "ready" not in log.read_text().splitlines():
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    assert log.read_text().splitlines()[-1] == "saved"
+
+
 def test_seconds_to_a_target_are_those_of_the_first_score_above_it(tmp_path):
     (tmp_path / "upper").mkdir()
     records = [{"step": 5, "train_loss": 1.0, "train_seconds": 50.0}]
     for epoch, top1 in enumerate((60.0, 71.0, 69.0, 75.0), 1):
         records.append({"step": epoch, "epoch": epoch, "train_seconds": 100.0 * epoch, "top1": top1, "ema_top1": 5.0})
     (tmp_path / "upper" / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert measure_on_gpu.accuracy_over_time(tmp_path)["upper"]["seconds_to_top1"] == {"70": 200.0, "76": None}
+    # The last epoch is scored for the results only
+    results = {"epochs": 5.0, "train_seconds": 500.0, "top1": 76.5, "ema_top1": 5.0}
+    (tmp_path / "upper" / "all_results.json").write_text(json.dumps(results))
     curves = measure_on_gpu.accuracy_over_time(tmp_path)
-    assert list(curves) == ["upper"] and len(curves["upper"]["points"]) == 4
-    assert curves["upper"]["seconds_to_top1"] == {"70": 200.0, "76": None}
+    assert list(curves) == ["upper"] and len(curves["upper"]["points"]) == 5
+    assert curves["upper"]["seconds_to_top1"] == {"70": 200.0, "76": 500.0}
     measure_on_gpu.plot(curves, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 

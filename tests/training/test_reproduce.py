@@ -253,6 +253,21 @@ def test_time_saved_is_that_of_the_processor_on_a_cpu_and_of_the_clock_on_a_gpu(
         assert f"### Saved of the {name} and memory without fusion" in (folder / "table.md").read_text()
 
 
+def test_results_that_are_no_row_of_this_table_are_refused(tmp_path):
+    cells = table_cells("1", paper_tables.SCALES["quick"], "ti")
+    [run] = table_runs.table_runs(cells, [0], paper_tables.SCALES["quick"], tmp_path)["upper"]
+    run.folder.mkdir()
+    results = hand_made_results(run)
+    distilled = {**results, "arguments": {**results["arguments"], "distillation_weight": 0.5}}
+    old = {name: value for name, value in results.items() if name != "processor_seconds"}
+    for wrong, message in ((distilled, "trained with --distillation_"), (old, "without processor_seconds")):
+        (run.folder / "all_results.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            run.results()
+    (run.folder / "all_results.json").write_text(json.dumps(results))
+    assert run.results() == results
+
+
 def test_ablation_varies_fusion_and_has_no_columns_of_the_paper(failing, tmp_path):
     reproduce.main(["--table", "ablation", "--scale", "quick", "--output_dir", str(tmp_path)])
     folder = tmp_path / "ablation_quick"
