@@ -1,0 +1,1 @@
+../../modeling_fambav/configuration_fambav.py

@@ -1,0 +1,1 @@
+../../modeling_fambav/rms_norm_numba.py

@@ -1,0 +1,1 @@
+../../modeling_fambav/token_fusion.py
