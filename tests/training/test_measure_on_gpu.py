@@ -84,6 +84,8 @@ def test_a_stage_is_asked_to_stop_when_the_time_is_over(stand_ins, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stage_ends_with_the_script(number, tmp_path):
     script = (
+        # A process in the background inherits that SIGINT is ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; import torch, measure_on_gpu as m; torch.cuda.is_available = lambda: True;"
         f"m.stages = lambda *_: [m.Stage('upper', [sys.executable, '-c', {_SLEEP!r}])];"
         f"m.main(['--output_dir', {str(tmp_path / 'out')!r}])"
