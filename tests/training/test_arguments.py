@@ -256,9 +256,10 @@ def test_shipped_config_parses_and_makes_a_model(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_config_opens_with_its_command(path):
-    first_line = path.read_text().splitlines()[0]
-    assert first_line.startswith("# accelerate launch training/train.py ")
-    words = shlex.split(first_line.removeprefix("# accelerate launch training/train.py "))
+    # Its lines end with a backslash, all but the last one
+    command = path.read_text().replace("\\\n#", "").splitlines()[0]
+    assert command.startswith("# accelerate launch training/train.py ")
+    words = shlex.split(command.removeprefix("# accelerate launch training/train.py "))
     assert words[:2] == ["--config", f"training/configs/{path.name}"]
     parse_arguments(TrainingArguments, "a script", ["--config", str(path), *words[2:]])
 
