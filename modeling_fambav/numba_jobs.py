@@ -1,13 +1,13 @@
 """Jobs: how a CPU kernel gets its tensors, its tasks and its threads.
 
-A job is an array of int64 that all threads read: [next task, number of tasks, five sizes, then address and row
-distance of every tensor]; an absent tensor has address 0. A kernel is a C function of the address of a job, so any
+A job is an array of int64 that all threads read: [next task, number of tasks, five sizes, then address, row distance
+and bytes per value of every tensor]; an absent tensor has address 0. A kernel is a C function of the address of a job, so any
 thread may run it without a Python thread state. It takes tasks until none is left:
 
     @kernel
     def name(address):
         job = open_job(address, num_tensors)
-        values, result = rows(job, 0), rows(job, 1)
+        weight, result = rows(job, 0), rows_of_any(job, 1)
         while True:
             task = next_task(job)
             if task < 0:
@@ -16,8 +16,10 @@ thread may run it without a Python thread state. It takes tasks until none is le
 """
 
 import ctypes
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +30,27 @@ from .numba_vectors import carray, cfunc, fetch_add, njit, types
 _NUM_TASKS, _SIZES, _TENSORS = 1, 2, 7  # where these begin in a job
 
 inlined = njit(inline="always", error_model="numpy")
-kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+
+
+def _digest_of_sources() -> str:
+    """Of the files, beside its own, that a kernel has functions and constants from."""
+    digest = hashlib.sha256()
+    for name in ("numba_vectors.py", "numba_jobs.py", "selective_scan.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:8]
+
+
+_SOURCES = _digest_of_sources()
+
+
+def kernel(function):
+    """Compile a kernel, and keep it on disk for the next process.
+
+    numba compiles it again when the file of the kernel has changed, but does not look at the files that this one
+    imports. Their digest becomes part of the name of the file on disk: an upgrade must not run code of before.
+    """
+    function.__qualname__ += f"_{_SOURCES}"
+    return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(function)
 
 
 # ---- inside kernels ----
@@ -37,7 +59,7 @@ kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model=
 @inlined
 def open_job(address, num_tensors):
     """The job at an address."""
-    return carray(address, (_TENSORS + 2 * num_tensors,), np.int64)
+    return carray(address, (_TENSORS + 3 * num_tensors,), np.int64)
 
 
 @inlined
@@ -48,20 +70,26 @@ def sizes(job):
 
 @inlined
 def rows(job, index):
-    """Rows of a tensor; their address is 0 if it is absent."""
-    return job[_TENSORS + 2 * index], job[_TENSORS + 2 * index + 1]
+    """Rows of a float32 or int64 tensor; their address is 0 if it is absent."""
+    return job[_TENSORS + 3 * index], job[_TENSORS + 3 * index + 1], types.int64(4)
+
+
+@inlined
+def rows_of_any(job, index):
+    """Rows of a float32 or bfloat16 tensor, whose values are to be read and written as vectors."""
+    return job[_TENSORS + 3 * index], job[_TENSORS + 3 * index + 1], job[_TENSORS + 3 * index + 2]
 
 
 @inlined
 def scratch(array):
     """Rows of a C-contiguous float32 array."""
-    return types.int64(array.ctypes.data), types.int64(array.shape[1] * 4)
+    return types.int64(array.ctypes.data), types.int64(array.shape[1] * 4), types.int64(4)
 
 
 @inlined
 def next_task(job):
     """A task that no other thread has, or -1 if none is left."""
-    task = fetch_add((types.int64(job.ctypes.data), types.int64(0)))
+    task = fetch_add((types.int64(job.ctypes.data), types.int64(0), types.int64(0)))
     return task if task < job[_NUM_TASKS] else types.int64(-1)
 
 
@@ -103,12 +131,13 @@ def launch(kernel, num_tasks: int, sizes: tuple[int, ...], tensors: list[Tensor 
         kernel: made by `@kernel`.
         num_tasks: tasks to hand out.
         sizes: at most five numbers.
-        tensors: of two dimensions, the last one contiguous; None where one is absent.
+        tensors: float32, bfloat16 or int64, of two dimensions, the last one contiguous; None where one is absent.
     """
     global _pool
     job = [0, num_tasks, *sizes, *[0] * (5 - len(sizes))]
     for tensor in tensors:
-        job += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
+        item_bytes = 0 if tensor is None else tensor.element_size()
+        job += [0, 0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0) * item_bytes, item_bytes]
     job = np.array(job, dtype=np.int64)
     address = job.ctypes.data
     num_threads = min(torch.get_num_threads(), num_tasks)

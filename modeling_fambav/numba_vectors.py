@@ -7,8 +7,9 @@ down, so results do not depend on the machine's vector width or on the number of
     v = load(rows, row, column)           # 16 neighbouring values of one row
     store(rows, row, column, v * v + full(2.0))
 
-`rows` is a matrix as the pair (address, bytes from row to row), so that no kernel depends on a memory layout.
-Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
+`rows` is a matrix as (address, bytes from row to row, bytes of a value), so that no kernel depends on a memory layout.
+Vectors are read from and written to rows of float32 (4 bytes) and of bfloat16 (2 bytes) alike; where the number of
+bytes is a constant, the compiler drops the other case. Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
 (an int64), fetch_add, full, maximum, where_greater, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
 """
 
@@ -29,8 +30,8 @@ except ImportError as error:
 LANES = 16
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_INDEX = ir.IntType(64)
-_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+_INDEX, _HALF = ir.IntType(64), ir.IntType(16)
+_FLOATS, _INTS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _HALF))
 # Multiply and add may become one fused instruction; nothing else about floating point is relaxed.
 _CONTRACT = ("contract",)
 
@@ -41,7 +42,7 @@ class _VectorType(types.Type):
 
 
 _vector = _VectorType()
-rows_type = types.UniTuple(types.int64, 2)
+rows_type = types.UniTuple(types.int64, 3)
 
 
 @register_model(_VectorType)
@@ -54,28 +55,85 @@ def _constant(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(np.float32(value)))] * LANES)
 
 
-def _access(value_type, llvm_type, item_bytes):
-    """The functions that read and write a value of one type at a row and a column of items."""
+def _lanes(constant: int) -> ir.Constant:
+    """The same integer in all lanes."""
+    return ir.Constant(_INTS, [ir.Constant(_INT, constant)] * LANES)
 
-    def address(builder, rows, row, column):
-        start, row_bytes = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
-        column_bytes = builder.mul(column, ir.Constant(_INDEX, item_bytes))
-        return builder.add(builder.add(start, builder.mul(row, row_bytes)), column_bytes)
+
+def _pointer(builder, rows, row, column, item_bytes, llvm_type):
+    """To a row and a column of items."""
+    start, row_bytes = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
+    address = builder.add(start, builder.mul(row, row_bytes))
+    return builder.inttoptr(builder.add(address, builder.mul(column, item_bytes)), llvm_type.as_pointer())
+
+
+def _is_bfloat16(builder, rows):
+    return builder.icmp_signed("==", builder.extract_value(rows, 2), ir.Constant(_INDEX, 2))
+
+
+@intrinsic
+def load(typing_context, rows, row, column):
+    """16 neighbouring values of one row, from float32 or bfloat16."""
+
+    def generate(context, builder, signature, args):
+        with builder.if_else(_is_bfloat16(builder, args[0])) as (then, otherwise):
+            with then:
+                halves = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 2), _HALVES))
+                halves.align = 2
+                # A bfloat16 is the upper half of a float32
+                widened = builder.bitcast(builder.shl(builder.zext(halves, _INTS), _lanes(16)), _FLOATS)
+                from_half = builder.block
+            with otherwise:
+                value = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 4), _FLOATS))
+                value.align = 4
+                from_float = builder.block
+        result = builder.phi(_FLOATS)
+        result.add_incoming(widened, from_half)
+        result.add_incoming(value, from_float)
+        return result
+
+    return _vector(rows_type, types.intp, types.intp), generate
+
+
+def _round_to_bfloat16(builder, value):
+    """The nearest bfloat16, the even one of two that are as near; NaN stays NaN."""
+    bits = builder.bitcast(value, _INTS)
+    is_odd = builder.and_(builder.lshr(bits, _lanes(16)), _lanes(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _lanes(0x7FFF)), is_odd), _lanes(16))
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", value, value), _lanes(0x7FC0), rounded), _HALVES)
+
+
+@intrinsic
+def store(typing_context, rows, row, column, value):
+    """Write 16 neighbouring values of one row, as float32 or bfloat16."""
+
+    def generate(context, builder, signature, args):
+        *place, value = args
+        with builder.if_else(_is_bfloat16(builder, args[0])) as (then, otherwise):
+            with then:
+                pointer = _pointer(builder, *place, ir.Constant(_INDEX, 2), _HALVES)
+                builder.store(_round_to_bfloat16(builder, value), pointer).align = 2
+            with otherwise:
+                builder.store(value, _pointer(builder, *place, ir.Constant(_INDEX, 4), _FLOATS)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(rows_type, types.intp, types.intp, _vector), generate
+
+
+def _access(value_type, llvm_type, item_bytes):
+    """The functions that read and write a single value of one type."""
 
     @intrinsic
     def read(typing_context, rows, row, column):
         def generate(context, builder, signature, args):
-            value = builder.load(builder.inttoptr(address(builder, *args), llvm_type.as_pointer()))
-            value.align = 4
-            return value
+            return builder.load(_pointer(builder, *args, ir.Constant(_INDEX, item_bytes), llvm_type))
 
         return value_type(rows_type, types.intp, types.intp), generate
 
     @intrinsic
     def write(typing_context, rows, row, column, value):
         def generate(context, builder, signature, args):
-            pointer = builder.inttoptr(address(builder, *args[:3]), llvm_type.as_pointer())
-            builder.store(args[3], pointer).align = 4
+            builder.store(args[3], _pointer(builder, *args[:3], ir.Constant(_INDEX, item_bytes), llvm_type))
             return context.get_dummy_value()
 
         return types.void(rows_type, types.intp, types.intp, value_type), generate
@@ -83,7 +141,6 @@ def _access(value_type, llvm_type, item_bytes):
     return read, write
 
 
-load, store = _access(_vector, _FLOATS, 4)
 load_scalar, store_scalar = _access(types.float32, _FLOAT, 4)
 load_index, store_index = _access(types.int64, _INDEX, 8)
 
@@ -210,8 +267,7 @@ def exp2(typing_context, exponent):
         for coefficient in reversed(_EXP2_COEFFICIENTS[:-1]):
             product = builder.fmul(result, rest, flags=_CONTRACT)
             result = builder.fadd(product, _constant(coefficient), flags=_CONTRACT)
-        shift = ir.Constant(_INTS, [ir.Constant(_INT, 23)] * LANES)
-        power_bits = builder.shl(builder.fptosi(power, _INTS), shift)
+        power_bits = builder.shl(builder.fptosi(power, _INTS), _lanes(23))
         return builder.bitcast(builder.add(builder.bitcast(result, _INTS), power_bits), _FLOATS)
 
     return _vector(_vector), generate
