@@ -170,6 +170,21 @@ def test_all_arguments_in_bfloat16(backend):
     assert_results_close(results, expected, **tolerance("scan", torch.bfloat16))
 
 
+@pytest.mark.parametrize("is_half", ["all", "x", "dt", "z"])
+def test_numba_rounds_to_bfloat16_once(is_half):
+    """Whichever of the tensors per token and channel are in bfloat16: exactly the results in float32, rounded."""
+    set_selective_scan_backend("numba")
+    inputs = scan_inputs(2, 2, 70, 33, 4)
+    per_channel = ("x", "dt", "z")
+    for name in per_channel if is_half == "all" else [is_half]:
+        inputs[name] = inputs[name].bfloat16()
+    wide = {name: tensor.float() for name, tensor in inputs.items()}
+    results = scan_with_gradients(selective_scan, inputs)
+    expected = scan_with_gradients(lambda **wide: selective_scan(**wide).to(inputs["x"].dtype), wide)
+    assert {results[name].dtype for name in ("out", "dx")} == {inputs["x"].dtype}
+    assert_results_close(results, expected, rtol=0, atol=0)
+
+
 def test_the_state_is_kept_in_float32(backend):
     # Ten thousand tokens each add 1 to the state; a sum in bfloat16 would stop at 256.
     ones = torch.ones(1, 1, 10_000, 1, dtype=torch.bfloat16)
