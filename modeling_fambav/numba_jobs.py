@@ -1,8 +1,8 @@
 """Jobs: how a CPU kernel gets its tensors, its tasks and its threads.
 
 A job is an array of int64 that all threads read: [next task, number of tasks, five sizes, then address, row distance
-and bytes per value of every tensor]; an absent tensor has address 0. A kernel is a C function of the address of a job, so any
-thread may run it without a Python thread state. It takes tasks until none is left:
+and bytes per value of every tensor]; an absent tensor has address 0. A kernel is a C function of the address of a job,
+so any thread may run it without a Python thread state. It takes tasks until none is left:
 
     @kernel
     def name(address):
@@ -35,7 +35,7 @@ inlined = njit(inline="always", error_model="numpy")
 def _digest_of_sources() -> str:
     """Of the files, beside its own, that a kernel has functions and constants from."""
     digest = hashlib.sha256()
-    for name in ("numba_vectors.py", "numba_jobs.py", "selective_scan.py"):
+    for name in ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:8]
 

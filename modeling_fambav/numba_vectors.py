@@ -9,7 +9,9 @@ down, so results do not depend on the machine's vector width or on the number of
 
 `rows` is a matrix as (address, bytes from row to row, bytes of a value), so that no kernel depends on a memory layout.
 Vectors are read from and written to rows of float32 (4 bytes) and of bfloat16 (2 bytes) alike; where the number of
-bytes is a constant, the compiler drops the other case. Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
+bytes is a constant, the compiler drops the other case.
+
+Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
 (an int64), fetch_add, full, maximum, where_greater, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
 """
 

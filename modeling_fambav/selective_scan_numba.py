@@ -1,4 +1,4 @@
-"""CPU kernels of the selective scan and of the convolution before it, compiled by numba at first use.
+"""CPU kernels of the selective scan, compiled by numba at first use.
 
 One call does all directions and everything around the scan: bias, softplus and scale of the time steps, skip
 connection, gate and mean. Tensors are channels-last, and the backward direction walks through time from the end, so
@@ -9,9 +9,6 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
     A is (G*N, E) and multiplied by log2(e), so that the decay is exp2(delta * A)
     i counts steps of a scan, t = i or T - 1 - i is the position in the sequence
 
-A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
-not depend on their number; sums over images or blocks are left to the caller.
-
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 
@@ -21,10 +18,11 @@ and the vectors are independent, so a core is busy only if it sees several of th
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .numba_jobs import inlined, kernel, launch, next_task, open_job, rows, rows_of_any, scratch, sizes
+from .causal_conv1d_numba import conv_backward, conv_forward
+from .numba_channels import BLOCK, as_rows, as_rows_of_any, ceil_div, launch_blocks, pad_channels, row_dtype
+from .numba_jobs import inlined, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
 from .numba_vectors import (
     LANES,
     exp2,
@@ -39,16 +37,8 @@ from .numba_vectors import (
 )
 from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
 
-# Channels of one task: four vectors, so that a step reads runs of whole cache lines.
-_BLOCK = 64
 _CHUNK = CHUNK_STEPS["numba"]
-
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-
-
-@inlined
-def _ceil_div(number, divisor):
-    return (number + divisor - 1) // divisor
 
 
 @inlined
@@ -68,18 +58,18 @@ def _scan_forward(address):
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
     x, dt, z, out = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
-    num_blocks, num_chunks = _ceil_div(channels, _BLOCK), _ceil_div(num_tokens, _CHUNK)
+    num_blocks, num_chunks = ceil_div(channels, BLOCK), ceil_div(num_tokens, _CHUNK)
     share = _ONE / np.float32(num_directions)
-    h_array = np.empty((state_size, _BLOCK), np.float32)
-    delta_array = np.empty((1, _BLOCK), np.float32)
-    sum_array = np.empty((num_tokens, _BLOCK), np.float32)  # of y over the directions
+    h_array = np.empty((state_size, BLOCK), np.float32)
+    delta_array = np.empty((1, BLOCK), np.float32)
+    sum_array = np.empty((num_tokens, BLOCK), np.float32)  # of y over the directions
     h, deltas, sums = scratch(h_array), scratch(delta_array), scratch(sum_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
-        b, start = task // num_blocks, task % num_blocks * _BLOCK
-        stop = min(start + _BLOCK, channels)
+        b, start = task // num_blocks, task % num_blocks * BLOCK
+        stop = min(start + BLOCK, channels)
         for g in range(num_directions):
             h_array[:] = 0.0
             for i in range(num_tokens):
@@ -128,15 +118,15 @@ def _scan_backward(address):
     dA, dB, dC, dD, ddt_bias = rows(job, 13), rows(job, 14), rows(job, 15), rows(job, 16), rows(job, 18)
     x, dt, z, dout = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
     dx, ddt, dz = rows_of_any(job, 11), rows_of_any(job, 12), rows_of_any(job, 17)
-    num_blocks, num_chunks = _ceil_div(channels, _BLOCK), _ceil_div(num_tokens, _CHUNK)
+    num_blocks, num_chunks = ceil_div(channels, BLOCK), ceil_div(num_tokens, _CHUNK)
     share, log_2 = _ONE / np.float32(num_directions), np.float32(np.log(2.0))
     # h[i] is the state before step i of the chunk, h[i + 1] the one after it
-    h_array = np.empty(((_CHUNK + 1) * state_size, _BLOCK), np.float32)
-    decay_array = np.empty((_CHUNK * state_size, _BLOCK), np.float32)
-    delta_array = np.empty((_CHUNK, _BLOCK), np.float32)
-    carried_array = np.empty((state_size, _BLOCK), np.float32)  # decay_{t+1} g_{t+1}
-    dy_array, slope_array = np.empty((1, _BLOCK), np.float32), np.empty((2, _BLOCK), np.float32)
-    dz_array = np.empty((num_tokens, _BLOCK), np.float32)  # sum over the directions
+    h_array = np.empty(((_CHUNK + 1) * state_size, BLOCK), np.float32)
+    decay_array = np.empty((_CHUNK * state_size, BLOCK), np.float32)
+    delta_array = np.empty((_CHUNK, BLOCK), np.float32)
+    carried_array = np.empty((state_size, BLOCK), np.float32)  # decay_{t+1} g_{t+1}
+    dy_array, slope_array = np.empty((1, BLOCK), np.float32), np.empty((2, BLOCK), np.float32)
+    dz_array = np.empty((num_tokens, BLOCK), np.float32)  # sum over the directions
     dB_array, dC_array = np.empty((state_size, LANES), np.float32), np.empty((state_size, LANES), np.float32)
     h, decays, deltas, carried = (
         scratch(h_array), scratch(decay_array), scratch(delta_array), scratch(carried_array)
@@ -148,8 +138,8 @@ def _scan_backward(address):
         if task < 0:
             break
         b, block = task // num_blocks, task % num_blocks
-        start = block * _BLOCK
-        stop = min(start + _BLOCK, channels)
+        start = block * BLOCK
+        stop = min(start + BLOCK, channels)
         for g in range(num_directions):
             carried_array[:] = 0.0
             image_direction = b * num_directions + g
@@ -243,133 +233,7 @@ def _scan_backward(address):
                     store(dz, b * num_tokens + t, e, load(d_gates, t, e - start))
 
 
-@inlined
-def _before(g, t, distance):
-    """The position this many steps before t in the direction's own time."""
-    return t - distance if g == 0 else t + distance
-
-
-@inlined
-def _load_tokens(tokens, x, b, num_tokens, start, stop):
-    """Copy a block of channels of one image to `tokens`, (T, block)."""
-    for t in range(num_tokens):
-        for e in range(start, stop, LANES):
-            store(tokens, t, e - start, load(x, b * num_tokens + t, e))
-
-
-@inlined
-def _convolved(tokens, weight, bias, g, t, e, c, num_tokens, kernel_size):
-    """Before the SiLU. The last tap belongs to the current token."""
-    total = load(bias, g, e)
-    for k in range(kernel_size):
-        source = _before(g, t, kernel_size - 1 - k)
-        if 0 <= source < num_tokens:
-            total = total + load(tokens, source, c) * load(weight, g * kernel_size + k, e)
-    return total
-
-
-@kernel
-def _conv_forward(address):
-    job = open_job(address, 4)
-    num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
-    x, weight, bias, out = rows_of_any(job, 0), rows(job, 1), rows(job, 2), rows_of_any(job, 3)
-    num_blocks = _ceil_div(channels, _BLOCK)
-    token_array = np.empty((num_tokens, _BLOCK), np.float32)
-    tokens = scratch(token_array)
-    while True:
-        task = next_task(job)
-        if task < 0:
-            break
-        b, start = task // num_blocks, task % num_blocks * _BLOCK
-        stop = min(start + _BLOCK, channels)
-        _load_tokens(tokens, x, b, num_tokens, start, stop)
-        for g in range(num_directions):
-            for t in range(num_tokens):
-                for e in range(start, stop, LANES):
-                    u = _convolved(tokens, weight, bias, g, t, e, e - start, num_tokens, kernel_size)
-                    store(out, (g * batch_size + b) * num_tokens + t, e, u * sigmoid(u))
-
-
-@kernel
-def _conv_backward(address):
-    """Gradients. dweight (B*G*K, E) and dbias (B*G, E) are per image."""
-    job = open_job(address, 7)
-    num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
-    weight, bias, dweight, dbias = rows(job, 1), rows(job, 2), rows(job, 5), rows(job, 6)
-    x, dout, dx = rows_of_any(job, 0), rows_of_any(job, 3), rows_of_any(job, 4)
-    num_blocks = _ceil_div(channels, _BLOCK)
-    token_array = np.empty((num_tokens, _BLOCK), np.float32)
-    du_array = np.empty((num_directions * num_tokens, _BLOCK), np.float32)  # gradient before the SiLU
-    tokens, du = scratch(token_array), scratch(du_array)
-    while True:
-        task = next_task(job)
-        if task < 0:
-            break
-        b, start = task // num_blocks, task % num_blocks * _BLOCK
-        stop = min(start + _BLOCK, channels)
-        _load_tokens(tokens, x, b, num_tokens, start, stop)
-        for g in range(num_directions):
-            for t in range(num_tokens):
-                for e in range(start, stop, LANES):
-                    u = _convolved(tokens, weight, bias, g, t, e, e - start, num_tokens, kernel_size)
-                    s = sigmoid(u)
-                    dout_t = load(dout, (g * batch_size + b) * num_tokens + t, e)
-                    store(du, g * num_tokens + t, e - start, dout_t * s * (full(_ONE) + u * (full(_ONE) - s)))
-        for g in range(num_directions):
-            image_direction = b * num_directions + g
-            for e in range(start, stop, LANES):
-                c = e - start
-                total = full(_ZERO)
-                for t in range(num_tokens):
-                    total = total + load(du, g * num_tokens + t, c)
-                store(dbias, image_direction, e, total)
-                for k in range(kernel_size):
-                    total = full(_ZERO)
-                    for t in range(num_tokens):
-                        source = _before(g, t, kernel_size - 1 - k)
-                        if 0 <= source < num_tokens:
-                            total = total + load(du, g * num_tokens + t, c) * load(tokens, source, c)
-                    store(dweight, image_direction * kernel_size + k, e, total)
-        for t in range(num_tokens):
-            for e in range(start, stop, LANES):
-                total = full(_ZERO)
-                for g in range(num_directions):
-                    for k in range(kernel_size):
-                        target = _before(g, t, k + 1 - kernel_size)
-                        if 0 <= target < num_tokens:
-                            du_t = load(du, g * num_tokens + target, e - start)
-                            total = total + du_t * load(weight, g * kernel_size + k, e)
-                store(dx, b * num_tokens + t, e, total)
-
-
 # ---- tensors in, tensors out ----
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    """float32, everything but the last dimension as rows; a view wherever the strides allow it."""
-    return _as_rows_of_any(tensor.float())
-
-
-def _row_dtype(tensor: Tensor) -> torch.dtype:
-    """What the kernels read and write of a tensor with a value per token and channel."""
-    return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-
-
-def _as_rows_of_any(tensor: Tensor) -> Tensor:
-    """As `_as_rows`, but bfloat16 stays what it is."""
-    tensor = tensor.detach().to(_row_dtype(tensor))
-    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
-
-
-def _pad_channels(tensor: Tensor) -> Tensor:
-    """Zeros up to a whole number of vectors; the padded channels stay zero all the way."""
-    missing = -tensor.shape[-1] % LANES
-    return F.pad(tensor, (0, missing)) if missing else tensor
-
-
-def _launch(kernel, shape: tuple[int, ...], tensors: list[Tensor | None]) -> None:
-    """Run a kernel on rows. `shape` is (G, B, T, E, N or K)."""
-    launch(kernel, shape[1] * -(-shape[3] // _BLOCK), shape, tensors)
 
 
 def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor | None], tuple[int, ...]]:
@@ -377,10 +241,10 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor |
     if dt_bias is None:
         dt_bias = D.new_zeros(D.shape)
     A = A.float().mT * float(np.log2(np.e))
-    x_, dt, z = (None if tensor is None else _as_rows_of_any(_pad_channels(tensor)) for tensor in (x, dt, z))
-    A, D, dt_bias = (_as_rows(_pad_channels(tensor)) for tensor in (A, D, dt_bias))
-    dt_scale = None if dt_scale is None else _as_rows(dt_scale).reshape(-1, 1)
-    inputs = [x_, dt, A, _as_rows(B), _as_rows(C), D, z, dt_bias, dt_scale]
+    x_, dt, z = (None if tensor is None else as_rows_of_any(pad_channels(tensor)) for tensor in (x, dt, z))
+    A, D, dt_bias = (as_rows(pad_channels(tensor)) for tensor in (A, D, dt_bias))
+    dt_scale = None if dt_scale is None else as_rows(dt_scale).reshape(-1, 1)
+    inputs = [x_, dt, A, as_rows(B), as_rows(C), D, z, dt_bias, dt_scale]
     return inputs, (*x.shape[:3], x_.shape[-1], B.shape[-1])
 
 
@@ -405,8 +269,8 @@ def scan_forward(
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     _, batch_size, num_tokens, channels, _ = shape
     states = torch.empty(states_shape("numba", x, A, keep_states))
-    out = torch.empty(batch_size * num_tokens, channels, dtype=_row_dtype(x))
-    _launch(_scan_forward, shape, [*inputs, out, states if keep_states else None])
+    out = torch.empty(batch_size * num_tokens, channels, dtype=row_dtype(x))
+    launch_blocks(_scan_forward, shape, [*inputs, out, states if keep_states else None])
     return out[:, : x.shape[-1]].contiguous().view(x.shape[1:]).to(x.dtype), states
 
 
@@ -428,14 +292,14 @@ def scan_backward(
     Those of x, dt and z are in bfloat16 if these are, all others in float32."""
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     num_directions, batch_size, num_tokens, channels, state_size = shape
-    num_rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // _BLOCK)
-    dx, ddt = (torch.empty(num_rows, channels, dtype=_row_dtype(tensor)) for tensor in (x, dt))
+    num_rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // BLOCK)
+    dx, ddt = (torch.empty(num_rows, channels, dtype=row_dtype(tensor)) for tensor in (x, dt))
     dA = torch.empty(batch_size * num_directions * state_size, channels)
     dB, dC = torch.empty(num_blocks * num_rows, state_size), torch.empty(num_blocks * num_rows, state_size)
     dD, ddt_bias = (torch.empty(batch_size * num_directions, channels) for _ in range(2))
-    dz = None if z is None else torch.empty(batch_size * num_tokens, channels, dtype=_row_dtype(z))
+    dz = None if z is None else torch.empty(batch_size * num_tokens, channels, dtype=row_dtype(z))
     outputs = [dx, ddt, dA, dB, dC, dD, dz, ddt_bias]
-    _launch(_scan_backward, shape, [*inputs, _as_rows_of_any(_pad_channels(dout)), states, *outputs])
+    launch_blocks(_scan_backward, shape, [*inputs, as_rows_of_any(pad_channels(dout)), states, *outputs])
 
     def whole(tensor: Tensor, *leading: int) -> Tensor:
         return tensor[..., : x.shape[-1]].reshape(*leading, x.shape[-1])
@@ -451,34 +315,6 @@ def scan_backward(
         None if z is None else whole(dz, batch_size, num_tokens),
         whole(ddt_bias, *images).sum(0),
     )
-
-
-def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
-    inputs = [_as_rows_of_any(_pad_channels(x)), _as_rows(_pad_channels(weight.mT)), _as_rows(_pad_channels(bias))]
-    return inputs, (weight.shape[0], *x.shape[:2], inputs[0].shape[-1], weight.shape[-1])
-
-
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`causal_conv1d` without gradients."""
-    inputs, shape = _conv_inputs(x, weight, bias)
-    num_directions, batch_size, num_tokens, channels, _ = shape
-    out = torch.empty(num_directions * batch_size * num_tokens, channels, dtype=_row_dtype(x))
-    _launch(_conv_forward, shape, [*inputs, out])
-    return out[:, : x.shape[-1]].contiguous().view(num_directions, *x.shape).to(x.dtype)
-
-
-def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, in bfloat16 if x is and else in float32, and of weight and bias, in float32."""
-    inputs, shape = _conv_inputs(x, weight, bias)
-    num_directions, batch_size, num_tokens, channels, kernel_size = shape
-    dx = torch.empty(batch_size * num_tokens, channels, dtype=_row_dtype(x))
-    dweight = torch.empty(batch_size * num_directions * kernel_size, channels)
-    dbias = torch.empty(batch_size * num_directions, channels)
-    _launch(_conv_backward, shape, [*inputs, _as_rows_of_any(_pad_channels(dout)), dx, dweight, dbias])
-    dweight = dweight.view(batch_size, num_directions, kernel_size, channels).sum(0)
-    dbias = dbias.view(batch_size, num_directions, channels).sum(0)
-    width = x.shape[-1]
-    return dx[:, :width].contiguous().view(x.shape), dweight[..., :width].mT, dbias[:, :width]
 
 
 KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

@@ -61,7 +61,7 @@ def test_float32_is_rounded_as_torch_rounds_it():
 
 def test_compiled_code_is_named_by_the_files_it_is_made_of(monkeypatch, tmp_path):
     """numba looks only at the file of a kernel; code that was compiled with other helpers would crash."""
-    names = ("numba_vectors.py", "numba_jobs.py", "selective_scan.py")
+    names = ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py")
     folder = tmp_path / "package"
     folder.mkdir()
     for name in names:

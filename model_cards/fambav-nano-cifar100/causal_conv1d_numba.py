@@ -1,0 +1,1 @@
+../../modeling_fambav/causal_conv1d_numba.py

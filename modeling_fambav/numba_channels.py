@@ -1,0 +1,47 @@
+"""Rows of channels: how the CPU kernels of the scan and of the convolution see tensors, and how they share them out.
+
+A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
+not depend on their number; sums over images or blocks are left to the caller.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .numba_jobs import inlined, launch
+from .numba_vectors import LANES
+
+# Channels of one task: four vectors, so that a step reads runs of whole cache lines.
+BLOCK = 64
+
+
+@inlined
+def ceil_div(number, divisor):
+    return (number + divisor - 1) // divisor
+
+
+def row_dtype(tensor: Tensor) -> torch.dtype:
+    """Of the rows of a tensor with a value per token and channel: bfloat16 if it is that, else float32."""
+    return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+
+
+def as_rows_of_any(tensor: Tensor) -> Tensor:
+    """In `row_dtype`, everything but the last dimension as rows; a view wherever the strides allow it."""
+    tensor = tensor.detach().to(row_dtype(tensor))
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """As `as_rows_of_any`, but always float32."""
+    return as_rows_of_any(tensor.float())
+
+
+def pad_channels(tensor: Tensor) -> Tensor:
+    """Zeros up to a whole number of vectors; the padded channels stay zero all the way."""
+    missing = -tensor.shape[-1] % LANES
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def launch_blocks(kernel, shape: tuple[int, ...], tensors: list[Tensor | None]) -> None:
+    """Run a kernel on rows. `shape` is (G, B, T, E, N or K)."""
+    launch(kernel, shape[1] * -(-shape[3] // BLOCK), shape, tensors)
