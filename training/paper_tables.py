@@ -1,6 +1,6 @@
 """The tables of the paper and our ablation: rows, the paper's numbers, and the runs behind them at four scales."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from budgets import coinciding_layers, fusion_fields
@@ -178,6 +178,7 @@ class Cell:
         paper: the paper's numbers; None in the ablation, which is ours.
         fusion: fusion fields of `FambaVConfig` that are run for it at this scale.
         same_as: name of the cell that stands for this one, because both start at the same layer of this model.
+        in_table_1: name of the row of Table 1 that is the same run, in all other tables.
     """
 
     name: str
@@ -185,6 +186,7 @@ class Cell:
     paper: PaperResult | None
     fusion: dict[str, Any]
     same_as: str | None = None
+    in_table_1: str | None = None
 
 
 def table_cells(table: str, flags: dict[str, Any], backbone: str) -> list[Cell]:
@@ -212,4 +214,10 @@ def table_cells(table: str, flags: dict[str, Any], backbone: str) -> list[Cell]:
     else:
         upper = fusion_fields("upper", TABLE_1_TOKENS["upper"], *size)
         cells += [Cell(name, title, None, {**upper, **fields}) for name, (title, fields) in ABLATION.items()]
-    return cells
+    if table == "1":
+        return cells
+    table_1 = table_cells("1", flags, backbone)
+    return [
+        replace(cell, in_table_1=next((other.name for other in table_1 if other.fusion == cell.fusion), None))
+        for cell in cells
+    ]

@@ -12,7 +12,8 @@ when the same command is given again; runs that are finished are only read. All 
 
 Scales: `paper` (224 px, 24 layers, 300 epochs), `native32` (the same model on 32 px), `nano` (a small model on 32 px,
 for a laptop) and `quick` (seconds; says nothing about accuracy). At all of them a strategy removes the same share of
-the tokens as in the paper. `--table ablation` varies how tokens are fused, which the paper leaves open.
+the tokens as in the paper. `--table ablation` varies how tokens are fused, which the paper leaves open. Rows that are
+finished in Table 1, such as the one without fusion, are not trained again for another table.
 """
 
 import argparse
@@ -58,6 +59,12 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
+def table_folder(args: argparse.Namespace, table: str) -> Path:
+    """Folder of a table for the model and scale of this call."""
+    name = table if table == "ablation" else f"table{table}"
+    return args.output_dir / f"{name}_{args.scale}{'_s' if args.backbone == 's' else ''}"
+
+
 def choose_runs(cells: list[Cell], runs: dict[str, list[Run]], names: list[str] | None) -> list[Run]:
     """Runs of these cells, of all cells if None, seed by seed so that the table fills early.
 
@@ -75,14 +82,11 @@ def choose_runs(cells: list[Cell], runs: dict[str, list[Run]], names: list[str] 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    is_paper = args.table != "ablation"
-    name = (f"table{args.table}" if is_paper else args.table) + f"_{args.scale}{'_s' if args.backbone == 's' else ''}"
-    title = (
-        f"{f'Table {args.table}' if is_paper else 'Ablation'}, Vim-{args.backbone.capitalize()}, scale {args.scale}"
-    )
-    folder, flags = args.output_dir / name, shared_flags(args)
+    title = "Ablation" if args.table == "ablation" else f"Table {args.table}"
+    title += f", Vim-{args.backbone.capitalize()}, scale {args.scale}"
+    folder, flags = table_folder(args, args.table), shared_flags(args)
     cells = table_cells(args.table, flags, args.backbone)
-    runs = table_runs(cells, range(args.seeds), flags, folder)
+    runs = table_runs(cells, range(args.seeds), flags, folder, table_folder(args, "1"))
     failed = []
     try:
         chosen = choose_runs(cells, runs, args.cells)

@@ -39,12 +39,14 @@ class Run:
         seed: seed of the run.
         folder: where train.py leaves what it makes.
         flags: flags of train.py.
+        twin: folder of the same run in Table 1, if there is one; it is not repeated if it is finished there.
     """
 
     cell: str
     seed: int
     folder: Path
     flags: dict[str, Any]
+    twin: Path | None = None
 
     @property
     def log(self) -> Path:
@@ -71,6 +73,8 @@ class Run:
             ValueError: if it was trained with other flags than this run's, or does not report all that a table has.
         """
         path = self.folder / RESULTS_FILE
+        if not path.exists() and self.twin is not None:
+            path = self.twin / RESULTS_FILE
         if not path.exists():
             return None
         results = json.loads(path.read_text())
@@ -93,8 +97,13 @@ class Run:
         return results
 
 
-def table_runs(cells: list[Cell], seeds: Iterable[int], flags: dict[str, Any], folder: Path) -> dict[str, list[Run]]:
-    """The runs of every cell, one per seed. Cells that another one stands for have none."""
+def table_runs(
+    cells: list[Cell], seeds: Iterable[int], flags: dict[str, Any], folder: Path, table_1: Path
+) -> dict[str, list[Run]]:
+    """The runs of every cell, one per seed, in the table's folder. Cells that another one stands for have none.
+
+    `table_1` is the folder of Table 1 for the same model.
+    """
     runs = {}
     for cell in cells:
         runs[cell.name] = []
@@ -103,7 +112,8 @@ def table_runs(cells: list[Cell], seeds: Iterable[int], flags: dict[str, Any], f
             ours = {"seed": seed, "output_dir": run_folder, "checkpointing_steps": "epoch"}
             resume = {"checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
             run_flags = {**flags, **cell.fusion, **ours, **resume}
-            runs[cell.name].append(Run(cell.name, seed, run_folder, run_flags))
+            twin = None if cell.in_table_1 is None else table_1 / f"{cell.in_table_1}_seed{seed}"
+            runs[cell.name].append(Run(cell.name, seed, run_folder, run_flags, twin))
     return runs
 
 

@@ -144,7 +144,7 @@ def test_every_cell_is_a_command_that_train_py_reads(scale, table, backbone):
     words = ["--table", table, "--scale", scale, "--backbone", backbone]
     flags = reproduce.shared_flags(reproduce.parse(words))
     cells = table_cells(table, flags, backbone)
-    runs = table_runs.table_runs(cells, [0, 1], flags, Path("table"))
+    runs = table_runs.table_runs(cells, [0, 1], flags, Path("table"), Path("table1"))
     for cell in cells:
         assert len(runs[cell.name]) == (2 if cell.same_as is None else 0)
         for run in runs[cell.name]:
@@ -174,9 +174,32 @@ def test_starting_layers_that_coincide_are_run_once():
     }
     for name, other in same_as.items():
         assert cells[name].fusion == cells[other].fusion
-    runs = table_runs.table_runs(list(cells.values()), [0], paper_tables.SCALES["nano"], Path("table"))
+    runs = table_runs.table_runs(list(cells.values()), [0], paper_tables.SCALES["nano"], Path("table"), Path("table1"))
     chosen = reproduce.choose_runs(list(cells.values()), runs, ["start12", "start14"])
     assert [run.cell for run in chosen] == ["start13"]
+
+
+def test_rows_that_table_1_has_are_not_trained_again(failing, tmp_path):
+    reproduce_quick(tmp_path, "--cells", "none", "upper")
+    first = read_cells(tmp_path / "table1_quick")
+    for table, same in (("3", {"none": "none", "r9": "upper"}), ("ablation", {"none": "none", "upper": "upper"})):
+        reproduce.main(["--table", table, "--scale", "quick", "--output_dir", str(tmp_path)])
+        folder = tmp_path / (f"table{table}_quick" if table == "3" else "ablation_quick")
+        cells = read_cells(folder)
+        for cell, record in cells.items():
+            assert (folder / f"{cell}_seed0").exists() == (cell not in same)
+            if cell in same:
+                assert record["runs"][0]["results"] == first[same[cell]]["runs"][0]["results"]
+            assert record["seeds_finished"] == 1
+
+
+def test_another_seed_of_a_row_of_table_1_is_trained(failing, tmp_path):
+    reproduce_quick(tmp_path, "--cells", "none")
+    folder = tmp_path / "table2_quick"
+    words = ["--table", "2", "--scale", "quick", "--output_dir", str(tmp_path), "--cells", "none", "--seeds", "2"]
+    reproduce.main(words)
+    assert not (folder / "none_seed0").exists() and (folder / "none_seed1").exists()
+    assert read_cells(folder)["none"]["seeds_finished"] == 2
 
 
 # ---- the report ----
@@ -255,7 +278,7 @@ def test_time_saved_is_that_of_the_processor_on_a_cpu_and_of_the_clock_on_a_gpu(
 
 def test_results_that_are_no_row_of_this_table_are_refused(tmp_path):
     cells = table_cells("1", paper_tables.SCALES["quick"], "ti")
-    [run] = table_runs.table_runs(cells, [0], paper_tables.SCALES["quick"], tmp_path)["upper"]
+    [run] = table_runs.table_runs(cells, [0], paper_tables.SCALES["quick"], tmp_path, tmp_path)["upper"]
     run.folder.mkdir()
     results = hand_made_results(run)
     distilled = {**results, "arguments": {**results["arguments"], "distillation_weight": 0.5}}
