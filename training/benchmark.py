@@ -276,7 +276,7 @@ def _print_peak(case: Case) -> None:
 
 
 def cpu_suite() -> dict[str, list[Case]]:
-    """Vim-Ti and Vim-S geometry against DeiT, every strategy, batch sizes, image sizes, and small r."""
+    """Vim-Ti and Vim-S geometry against DeiT: every strategy, bfloat16, batch sizes, image sizes, and small r."""
     strategies = ("none", "all", "interleaved", "lower", "upper")
     suite = {
         f"{size.capitalize()} geometry, 224 px, batch 8": [
@@ -285,6 +285,7 @@ def cpu_suite() -> dict[str, list[Case]]:
         ]
         for size in _WIDTHS
     }
+    suite["Ti geometry, 224 px, batch 8, bf16"] = _trio(dtype="bfloat16")
     for batch_size in (1, 32):
         suite[f"Ti geometry, 224 px, batch {batch_size}"] = _trio(batch_size=batch_size)
     for image_size in (384, 512, 768, 1024):
@@ -379,6 +380,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     records = [record for group in results.values() for record in group if record["size"] == "ti"]
+    records = [record for record in records if record["dtype"] == records[0]["dtype"]]
     lines = {
         "DeiT-Ti": lambda r: r["family"] == "deit",
         "Famba-V-Ti, no fusion": lambda r: r["family"] == "famba-v" and r["strategy"] == "none",

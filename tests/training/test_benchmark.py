@@ -55,6 +55,8 @@ def test_suites_compare_what_the_release_is_compared_with():
         assert {case.strategy for case in cases} == {"none", "all", "interleaved", "lower", "upper"}
         assert {384, 512, 768, 1024} <= {case.image_size for case in cases}
         assert any(case.family == "deit" for case in cases)
+        assert all(len({case.dtype for case in group}) == 1 for group in suite.values())
+    assert {case.dtype for group in cpu.values() for case in group} == {"float32", "bfloat16"}
     assert {case.backend for group in gpu.values() for case in group} == {None, "triton", "mamba-ssm"}
     assert {case.fusion_tokens for case in cpu[benchmark.SMALL_R][1:]} == set(range(1, 10))
 
