@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .numba_channels import BLOCK, as_rows, as_rows_of_any, ceil_div, launch_blocks, pad_channels, row_dtype
-from .numba_jobs import inlined, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
+from .numba_jobs import inlined, keep, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
 from .numba_vectors import LANES, full, load, sigmoid, store
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -61,6 +61,7 @@ def _conv_forward(address):
                 for e in range(start, stop, LANES):
                     u = _convolved(tokens, weight, bias, g, t, e, e - start, num_tokens, kernel_size)
                     store(out, (g * batch_size + b) * num_tokens + t, e, u * sigmoid(u))
+    keep((token_array,))
 
 
 @kernel
@@ -113,6 +114,7 @@ def _conv_backward(address):
                             du_t = load(du, g * num_tokens + target, e - start)
                             total = total + du_t * load(weight, g * kernel_size + k, e)
                 store(dx, b * num_tokens + t, e, total)
+    keep((token_array, du_array))
 
 
 # ---- tensors in, tensors out ----

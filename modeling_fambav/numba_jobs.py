@@ -25,18 +25,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_vectors import carray, cfunc, fetch_add, njit, types
+from .numba_vectors import carray, cfunc, fetch_add, intrinsic, njit, types
 
 _NUM_TASKS, _SIZES, _TENSORS = 1, 2, 7  # where these begin in a job
 
 inlined = njit(inline="always", error_model="numpy")
 
 
+_SHARED_SOURCES = ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py")
+
+
 def _digest_of_sources() -> str:
     """Of the files, beside its own, that a kernel has functions and constants from."""
     digest = hashlib.sha256()
-    for name in ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for name in _SHARED_SOURCES:
+        try:
+            digest.update(__loader__.get_data(str(Path(__file__).with_name(name))))  # which may be in a zip file
+        except OSError:
+            pass  # there are only compiled files, of which none changes without the others
     return digest.hexdigest()[:8]
 
 
@@ -82,8 +88,18 @@ def rows_of_any(job, index):
 
 @inlined
 def scratch(array):
-    """Rows of a C-contiguous float32 array."""
+    """Rows of a C-contiguous float32 array, which is to be kept by `keep` until they are no longer used."""
     return types.int64(array.ctypes.data), types.int64(array.shape[1] * 4), types.int64(4)
+
+
+@intrinsic
+def keep(typing_context, arrays):
+    """Do nothing, behind the last use of scratch rows: numba frees an array after the last line that names it."""
+
+    def generate(context, builder, signature, args):
+        return context.get_dummy_value()
+
+    return types.void(arrays), generate
 
 
 @inlined

@@ -25,7 +25,8 @@ try:
     from numba import cfunc as cfunc
     from numba import njit, types
     from numba.core import cgutils
-    from numba.extending import intrinsic, models, overload, register_model
+    from numba.extending import intrinsic as intrinsic
+    from numba.extending import models, overload, register_model
 except ImportError as error:
     raise ImportError("The CPU kernels of Famba-V need numba: `pip install numba`.") from error
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .causal_conv1d_numba import conv_backward, conv_forward
 from .numba_channels import BLOCK, as_rows, as_rows_of_any, ceil_div, launch_blocks, pad_channels, row_dtype
-from .numba_jobs import inlined, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
+from .numba_jobs import inlined, keep, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
 from .numba_vectors import (
     LANES,
     exp2,
@@ -104,6 +104,7 @@ def _scan_forward(address):
                     gate = load(z, b * num_tokens + t, e)
                     y = y * gate * sigmoid(gate)
                 store(out, b * num_tokens + t, e, y)
+    keep((h_array, delta_array, sum_array))
 
 
 @kernel
@@ -231,6 +232,7 @@ def _scan_backward(address):
             for t in range(num_tokens):
                 for e in range(start, stop, LANES):
                     store(dz, b * num_tokens + t, e, load(d_gates, t, e - start))
+    keep((h_array, decay_array, delta_array, carried_array, dy_array, slope_array, dz_array, dB_array, dC_array))
 
 
 # ---- tensors in, tensors out ----

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_jobs import inlined, kernel, launch, next_task, open_job, rows, scratch, sizes
+from .numba_jobs import inlined, keep, kernel, launch, next_task, open_job, rows, scratch, sizes
 from .numba_vectors import (
     LANES,
     full,
@@ -96,6 +96,7 @@ def _find_partners(address):
             # A class token, or a token that is not a number, comes last
             store_scalar(worst, b, i, -best if 2 * i != class_token and best == best else np.float32(np.inf))
             store_index(partner, b, i, 2 * best_odd + 1)
+    keep((factor_array, lane_array))
 
 
 @kernel

@@ -107,7 +107,8 @@ def fusion_fields(
     if any(schedule[layer] != per_layer for layer in layers):
         return {"fusion_strategy": "custom", "fusion_schedule": schedule}
     fields = {"fusion_strategy": strategy, "fusion_tokens": per_layer}
-    return fields if start is None else {**fields, "fusion_start_layer": start}
+    is_own_start = start is None or layers == fused_layers(strategy, num_layers)
+    return fields if is_own_start else {**fields, "fusion_start_layer": start}
 
 
 def coinciding_layers(layers: list[int], num_layers: int) -> dict[int, int]:

@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         chosen = choose_runs(cells, runs, args.cells)
         write_report(title, make_report(cells, runs, flags), folder)
         for number, run in enumerate(chosen, 1):
-            progress = f"[{number}/{len(chosen)}] {run.folder}"
             if run.results() is not None:
-                print(f"{progress}: finished before", flush=True)
+                print(f"[{number}/{len(chosen)}] {run.source}: finished before", flush=True)
                 continue
+            progress = f"[{number}/{len(chosen)}] {run.folder}"
             print(f"{progress}: training, see {run.log}", flush=True)
             exit_code = launch(run)
             results = run.results()

@@ -51,7 +51,7 @@ def make_report(cells: list[Cell], runs: dict[str, list[Run]], flags: dict[str, 
         for run in runs[cell.name]:
             results = run.results()
             command = shlex.join(["python", "training/train.py", *run.words])  # as anybody can repeat it
-            run_records.append({"seed": run.seed, "folder": str(run.folder), "command": command, "results": results})
+            run_records.append({"seed": run.seed, "folder": str(run.source), "command": command, "results": results})
             if results is not None:
                 finished.append(results)
                 condition = {name: results[name] for name in ("device", "scan_backend", "versions", "git_commit")}

@@ -66,15 +66,27 @@ class Run:
         """The run as a process; without accelerate's launcher, which would not wait for a checkpoint that is saved."""
         return [sys.executable, str(Path(__file__).parent / "train.py"), *self.words]
 
+    @property
+    def source(self) -> Path:
+        """The folder whose results are this run's: its own, or Table 1's if only that one has finished it."""
+        if self.twin is not None and not (self.folder / RESULTS_FILE).exists():
+            try:
+                if self._read(self.twin) is not None:
+                    return self.twin
+            except ValueError:
+                pass  # of Table 1 with other flags, so it is not the same run
+        return self.folder
+
     def results(self) -> dict[str, Any] | None:
         """What the finished run reports, or None if it is not finished.
 
         Raises:
             ValueError: if it was trained with other flags than this run's, or does not report all that a table has.
         """
-        path = self.folder / RESULTS_FILE
-        if not path.exists() and self.twin is not None:
-            path = self.twin / RESULTS_FILE
+        return self._read(self.source)
+
+    def _read(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / RESULTS_FILE
         if not path.exists():
             return None
         results = json.loads(path.read_text())

@@ -1,6 +1,9 @@
 """What the CPU kernels are made of: rows of float32 and bfloat16, and compiled code that is not kept too long."""
 
+import os
 import re
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 pytest.importorskip("numba")
 
+from child_process import REPOSITORY, run_python
 from modeling_fambav import numba_jobs, selective_scan_numba
 from modeling_fambav.numba_jobs import kernel, launch, next_task, open_job, rows_of_any, sizes
 from modeling_fambav.numba_vectors import LANES, load, store
@@ -61,16 +65,69 @@ def test_float32_is_rounded_as_torch_rounds_it():
 
 def test_compiled_code_is_named_by_the_files_it_is_made_of(monkeypatch, tmp_path):
     """numba looks only at the file of a kernel; code that was compiled with other helpers would crash."""
-    names = ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py")
-    folder = tmp_path / "package"
-    folder.mkdir()
+    package = Path(numba_jobs.__file__).parent
+    names = set()
+    for path in package.glob("*_numba.py"):
+        imported = re.findall(r"^from \.(\w+) import", path.read_text(), flags=re.MULTILINE)
+        names |= {f"{name}.py" for name in imported if not name.endswith("_numba")}
+    assert names == set(numba_jobs._SHARED_SOURCES) and len(names) >= 4
     for name in names:
-        (folder / name).write_text("before")
-    monkeypatch.setattr(numba_jobs, "__file__", str(folder / "numba_jobs.py"))
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(numba_jobs, "__file__", str(tmp_path / "numba_jobs.py"))
     before = numba_jobs._digest_of_sources()
     for name in names:
-        (folder / name).write_text("after")
+        (tmp_path / name).write_text("after")
         assert numba_jobs._digest_of_sources() != before
-        (folder / name).write_text("before")
+        (tmp_path / name).write_text("before")
     assert numba_jobs._digest_of_sources() == before
     assert re.fullmatch(r"_scan_forward_[0-9a-f]{8}", selective_scan_numba._scan_forward.__wrapped__.__qualname__)
+
+
+def test_a_package_in_a_zip_file(tmp_path):
+    package = Path(numba_jobs.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for path in package.glob("*.py"):
+            archive.write(path, f"modeling_fambav/{path.name}")
+    code = (
+        "from modeling_fambav import numba_jobs; "
+        "print(numba_jobs.__file__, numba_jobs._digest_of_sources() == numba_jobs._SOURCES)"
+    )
+    result = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package.zip"))
+    assert result.returncode == 0, result.stderr
+    assert "package.zip" in result.stdout and result.stdout.endswith("True\n")
+    assert numba_jobs._SOURCES == numba_jobs._digest_of_sources()
+
+
+# By one thread and by two: results, forward and backward, of the scan and the convolution
+_TWO_THREADS = """
+import sys
+import torch
+from helpers import random_tensor, scan_inputs
+from modeling_fambav.causal_conv1d_numba import conv_backward, conv_forward
+from modeling_fambav.selective_scan_numba import scan_backward, scan_forward
+
+num_tokens = int(sys.argv[1])
+x, dout = random_tensor(16, num_tokens, 384, seed=1), random_tensor(2, 16, num_tokens, 384, seed=2)
+weight, bias = random_tensor(2, 384, 4, seed=3), random_tensor(2, 384, seed=4)
+inputs = scan_inputs(2, 16, num_tokens, 384, 4)
+results = []
+for num_threads in (1, 2):
+    torch.set_num_threads(num_threads)
+    out, states = scan_forward(**inputs, keep_states=True)
+    scan = [out, states, *scan_backward(out, **inputs, states=states)]
+    results.append([*scan, conv_forward(x, weight, bias), *conv_backward(dout, x, weight, bias)])
+print(all(torch.equal(one, two) for one, two in zip(*results)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "variable", "value"),
+    [(65, "MALLOC_ARENA_MAX", "1"), (600, "MALLOC_MMAP_THRESHOLD_", "131072")],
+)
+def test_scratch_memory_lives_as_long_as_its_kernel(num_tokens, variable, value):
+    """Where freed memory goes to the next thread that asks, or back to the system."""
+    tests = str(Path(__file__).parents[1])
+    environment = {"PYTHONPATH": os.pathsep.join([tests, str(REPOSITORY)]), variable: value}
+    result = run_python("-c", _TWO_THREADS, str(num_tokens), **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "True\n"

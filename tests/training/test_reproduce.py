@@ -189,8 +189,26 @@ def test_rows_that_table_1_has_are_not_trained_again(failing, tmp_path):
         for cell, record in cells.items():
             assert (folder / f"{cell}_seed0").exists() == (cell not in same)
             if cell in same:
-                assert record["runs"][0]["results"] == first[same[cell]]["runs"][0]["results"]
+                [run], [run_in_table_1] = record["runs"], first[same[cell]]["runs"]
+                assert run["results"] == run_in_table_1["results"] and run["folder"] == run_in_table_1["folder"]
             assert record["seeds_finished"] == 1
+
+
+def test_rows_of_table_1_with_other_flags_are_another_run(failing, tmp_path):
+    first = reproduce_quick(tmp_path, "--cells", "none") / "none_seed0" / "all_results.json"
+    before = first.read_text()
+    words = ["--table", "3", "--scale", "quick", "--output_dir", str(tmp_path), "--cells", "none", "--epochs", "1"]
+    reproduce.main(words)
+    assert (tmp_path / "table3_quick" / "none_seed0" / "all_results.json").exists()
+    assert first.read_text() == before
+
+
+def test_the_papers_upper_is_one_run_in_all_tables():
+    flags = paper_tables.SCALES["paper"]
+    for table, name in (("2", "start6"), ("3", "r9"), ("ablation", "upper")):
+        in_table_1 = {cell.name: cell.in_table_1 for cell in table_cells(table, flags, "ti")}
+        assert in_table_1.pop("none") == "none" and in_table_1.pop(name) == "upper"
+        assert not any(in_table_1.values())
 
 
 def test_another_seed_of_a_row_of_table_1_is_trained(failing, tmp_path):
