@@ -381,6 +381,14 @@ def test_convolution_equals_torchs_own(backend, shape, kernel_size, dtype):
     assert_results_close(results, expected, **tolerance("conv", dtype))
 
 
+def test_numba_rounds_the_convolution_to_bfloat16_once():
+    set_selective_scan_backend("numba")
+    inputs = conv_inputs(2, 3, 37, 65, 4, torch.bfloat16)
+    wide = {name: tensor.float() for name, tensor in inputs.items()}
+    expected = scan_with_gradients(lambda **wide: causal_conv1d(**wide).bfloat16(), wide)
+    assert_results_close(scan_with_gradients(causal_conv1d, inputs), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["transposed", "every second", "part of wider rows"])
 def test_convolution_of_non_contiguous_inputs(backend, kind):
     inputs = conv_inputs(2, 2, 13, 32, 4, torch.float32)
