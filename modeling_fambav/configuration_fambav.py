@@ -74,6 +74,10 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int`): Side of a square patch in pixels.
         patch_stride (`int`, *optional*): Distance between patches in pixels; `patch_size` if not given.
         num_channels (`int`): Channels of the input.
+        stem_channels (`list[int]`, *optional*):
+            Instead of cutting patches, make the same grid of tokens by 3 x 3 convolutions: the channels of all but
+            the last, which has `hidden_size`. The last log2(`patch_size`) of them halve the image. By default, as in
+            the paper, one projection per patch.
         hidden_size (`int`): Width D of a token.
         num_hidden_layers (`int`): Number of layers L.
         state_size (`int`): Size N of the scan state per channel.
@@ -127,6 +131,7 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int = validated_field(_integer(1), default=16)
     patch_stride: int | None = validated_field(_integer(1), default=None)
     num_channels: int = validated_field(_integer(1), default=3)
+    stem_channels: list[int] | None = None
     hidden_size: int = validated_field(_integer(1), default=192)
     num_hidden_layers: int = validated_field(_integer(1), default=24)
     state_size: int = validated_field(_integer(1), default=16)
@@ -369,6 +374,25 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"image_size={self.image_size}: expected a {name} that whole patches cover, that is "
                     f"patch_size={self.patch_size} plus a multiple of patch_stride={self.patch_stride}"
                 )
+
+    def validate_stem(self):
+        """Part of `@strict`-powered validation. The convolutions of a stem must end in the grid of the patches."""
+        channels = self.stem_channels
+        if channels is None:
+            return
+        if any(isinstance(width, bool) or width < 1 for width in channels):
+            raise ValueError(f"stem_channels={channels}: expected integers >= 1")
+        halvings = self.patch_size.bit_length() - 1
+        if self.patch_size != 2**halvings or halvings == 0 or self.patch_stride != self.patch_size:
+            raise ValueError(
+                f"stem_channels={channels} with patch_size={self.patch_size} and patch_stride={self.patch_stride}: "
+                "expected a patch_size of 2, 4, 8, ... and the same patch_stride"
+            )
+        if len(channels) + 1 < halvings:
+            raise ValueError(
+                f"stem_channels={channels}: expected at least {halvings - 1} integers, because {halvings} "
+                f"convolutions halve an image to the grid of patch_size={self.patch_size}"
+            )
 
     def validate_time_steps(self):
         """Part of `@strict`-powered validation. The range of initial time steps must not be empty."""

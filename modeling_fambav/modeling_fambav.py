@@ -67,6 +67,14 @@ class TokenState(NamedTuple):
     token_map: Tensor | None = None
 
 
+def _check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)}: "
+            f"expected (batch, num_channels={num_channels}, height, width)"
+        )
+
+
 class FambaVPatchEmbeddings(nn.Module):
     """Cut an image into patches and project each to a token: (B, C, H, W) -> (B, patches in raster order, D)."""
 
@@ -78,12 +86,38 @@ class FambaVPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)}: "
-                f"expected (batch, num_channels={self.num_channels}, height, width)"
-            )
+        _check_pixel_values(pixel_values, self.num_channels)
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class FambaVConvolutionalStem(nn.Module):
+    """The grid of tokens by a few 3 x 3 convolutions: (B, C, H, W) -> (B, patches in raster order, D).
+
+    In place of `FambaVPatchEmbeddings`, after Xiao et al., "Early convolutions help transformers see better" (2021,
+    arXiv:2106.14881). Batch norm and ReLU follow all but the last convolution, which has a bias instead.
+    """
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.num_channels, *config.stem_channels, config.hidden_size]
+        halvings = config.patch_size.bit_length() - 1
+        layers = []
+        for index, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
+            remaining = len(widths) - 1 - index
+            stride = 2 if remaining <= halvings else 1
+            is_last = remaining == 1
+            layers.append(nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=is_last))
+            if not is_last:
+                layers += [nn.BatchNorm2d(width_out), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        _check_pixel_values(pixel_values, self.layers[0].in_channels)
+        # Without what no whole patch covers, as the projection of patches leaves it out
+        height, width = (side // self.patch_size * self.patch_size for side in pixel_values.shape[-2:])
+        pixel_values = pixel_values[..., :height, :width].to(self.layers[0].weight.dtype)
+        return self.layers(pixel_values).flatten(2).transpose(1, 2)
 
 
 class FambaVEmbeddings(nn.Module):
@@ -92,7 +126,8 @@ class FambaVEmbeddings(nn.Module):
     def __init__(self, config: FambaVConfig):
         super().__init__()
         self.config = config
-        self.patch_embeddings = FambaVPatchEmbeddings(config)
+        has_stem = config.stem_channels is not None
+        self.patch_embeddings = FambaVConvolutionalStem(config) if has_stem else FambaVPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -292,6 +327,8 @@ class FambaVPreTrainedModel(PreTrainedModel):
             std = weight[0].numel() ** -0.5 / 0.87962566103423978
             init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             init.zeros_(module.projection.bias)
+        elif isinstance(module, FambaVConvolutionalStem):
+            self._init_stem(module)
         elif isinstance(module, FambaVRMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, FambaVMixer):
@@ -304,6 +341,19 @@ class FambaVPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FambaVForImageClassification) and isinstance(module.classifier, nn.Linear):
             init.trunc_normal_(module.classifier.weight, std=config.initializer_range)
             init.zeros_(module.classifier.bias)
+
+    def _init_stem(self, module: FambaVConvolutionalStem):
+        for layer in module.layers:
+            if isinstance(layer, nn.Conv2d):
+                init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                if layer.bias is not None:
+                    init.zeros_(layer.bias)
+            elif isinstance(layer, nn.BatchNorm2d):
+                init.ones_(layer.weight)
+                init.zeros_(layer.bias)
+                init.zeros_(layer.running_mean)
+                init.ones_(layer.running_var)
+                init.zeros_(layer.num_batches_tracked)
 
     def _init_scan_direction(self, module: FambaVScanDirection):
         config = self.config

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -20,9 +20,7 @@ class Crops(NamedTuple):
     flip: Tensor
 
 
-def draw_crops(
-    *shape: int, padding: int, flip_prob: float, generator: torch.Generator | None = None
-) -> Crops:
+def draw_crops(*shape: int, padding: int, flip_prob: float, generator: torch.Generator | None = None) -> Crops:
     """Random views, of torch's generator of the CPU or another one."""
     top, left = torch.randint(2 * padding + 1, (2, *shape), generator=generator, dtype=torch.uint8)
     return Crops(top, left, torch.rand(shape, generator=generator) < flip_prob)

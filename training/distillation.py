@@ -4,44 +4,63 @@
 
 by Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015, arXiv:1503.02531), section 2. The
 gradient of the second term falls as 1 / T^2, so T^2 keeps the shares of the two terms whatever the temperature T is.
+With `standardized` logits, by Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024,
+arXiv:2403.01427), the student has to find the teacher's order and distances of the classes, not its scale.
 
-A model in which fusion was switched on has a natural teacher: itself, with all its tokens.
+A model in which fusion was switched on has a natural teacher: itself, with all its tokens. Any other image classifier
+can be one too.
 """
 
 import hashlib
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_utils import PreTrainedModel
 
 from fusion_settings import UNFUSED, set_fusion
-from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from modeling_fambav import FambaVConfig
 from scoring import label_indices
+from teacher_input import TeacherInput
+
+DISTILLATION_LOSSES = ("kl", "standardized")
+_EPSILON = 1e-7  # against logits that are all the same
 
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, kind: str = "kl") -> Tensor:
     """The second term of the loss without its weight, a mean over the images.
 
     Args:
         student_logits, teacher_logits: `(B, classes)`.
         temperature: above 0; the higher, the more the classes count that the teacher finds unlikely.
+        kind: one of `DISTILLATION_LOSSES`.
     """
+    if kind == "standardized":
+        student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
     student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
     return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """Logits `(B, classes)` minus their mean over their standard deviation, of each image (algorithm 1)."""
+    centered = logits - logits.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True).sqrt() + _EPSILON)
 
 
 class Teacher:
     """A trained classifier that scores images for a student. It is never trained and in no checkpoint of a run."""
 
-    def __init__(self, model: FambaVForImageClassification, classes: list[int]):
-        """`classes` are the model's index of each class of the student."""
+    def __init__(self, model: PreTrainedModel, classes: list[int], prepare: TeacherInput | None = None):
+        """`classes` are the model's index of each class of the student; `prepare` makes its images of theirs."""
         self.model, self._classes = model.eval().requires_grad_(False), torch.tensor(classes, device=model.device)
+        self._prepare = prepare
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Logits `(B, classes)` in the student's order of normalised images `(B, C, H, W)`."""
+        """Logits `(B, classes)` in the student's order of images `(B, C, H, W)` as the student sees them."""
+        if self._prepare is not None:
+            pixel_values = self._prepare(pixel_values)
         return self.model(pixel_values=pixel_values).logits[:, self._classes]
 
     def fingerprint(self) -> str:
@@ -56,54 +75,52 @@ class Teacher:
 def load_teacher(
     flag: str,
     name: str,
-    student: FambaVConfig,
     processor: BaseImageProcessor,
     label_names: list[str],
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> Teacher:
-    """A trained classifier with fusion switched off, for a student that reads the same images.
+    """A trained image classifier of any architecture; if it is one of ours, with fusion switched off.
 
     Args:
         flag: the flag that names the teacher, for errors.
         name: folder or Hub id.
-        student: configuration of the student.
-        processor: that of the student; the teacher sees images that it has normalised.
+        processor: that of the student, whose images the teacher's own processor would not see.
         label_names: the student's classes, by index.
         device: where the teacher works.
+        trust_remote_code: whether code that comes with the teacher may run.
 
     Raises:
-        ValueError: if it is not a fambav classifier, or has other classes, another image size or another
-            normalisation than the student.
+        ValueError: if it is no image classifier, does not know the classes, needs its own code and may not run it, or
+            has an image processor that cannot be reproduced on batches.
         OSError: if there is no such model.
     """
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != FambaVConfig.model_type:
-        raise ValueError(f"{flag} {name}: expected a fambav model as the teacher, this is {config.model_type!r}")
-    if config.image_height_width != student.image_height_width:
-        height, width = student.image_height_width
-        raise ValueError(
-            f"{flag} {name}: image_size {config.image_size} of the teacher, expected that of the student, "
-            f"{height} x {width} pixels"
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model, report = AutoModelForImageClassification.from_pretrained(
+            name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    if config.num_labels != len(label_names):
-        raise ValueError(
-            f"{flag} {name}: the teacher has {config.num_labels} classes, expected the {len(label_names)} of the data"
-        )
-    teachers_processor = AutoImageProcessor.from_pretrained(name)
-    for field in ("image_mean", "image_std", "rescale_factor"):
-        expected, found = getattr(processor, field), getattr(teachers_processor, field)
-        if not np.array_equal(found, expected):
+    except ValueError as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
-                f"{flag} {name}: {field} {found} of the teacher's image processor, expected the student's {expected}"
-            )
-    model, report = FambaVForImageClassification.from_pretrained(name, output_loading_info=True)
+                f"{flag} {name}: comes with code of its own; read it, and allow it to run by "
+                "--teacher_trust_remote_code"
+            ) from error
+        raise ValueError(f"{flag} {name}: expected an image classifier as the teacher: {error}") from error
+    except ImportError as error:
+        raise ValueError(f"{flag} {name}: its code needs a package that is not installed: {error}") from error
     if report["missing_keys"]:
         raise ValueError(
             f"{flag} {name}: expected a trained classifier as the teacher, {sorted(report['missing_keys'])[0]} is "
             "missing"
         )
-    set_fusion(model.config, UNFUSED)
+    if config.model_type == FambaVConfig.model_type:
+        set_fusion(model.config, UNFUSED)
     try:
-        return Teacher(model.to(device), label_indices(label_names, model))
+        teachers_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        prepare = TeacherInput(processor, teachers_processor)
+        return Teacher(model.to(device), label_indices(label_names, model), prepare)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(f"{flag} {name}: its image processor has no {error}") from error
     except ValueError as error:
         raise ValueError(f"{flag} {name} as the teacher: {error}") from error

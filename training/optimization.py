@@ -1,4 +1,10 @@
-"""Optimizer and weight average of the recipe: AdamW (0.9, 0.999), decay only where Vim decays, and an EMA."""
+"""Optimizer and weight average of the recipe: AdamW (0.9, 0.999), decay only where Vim decays, and an EMA.
+
+Muon, which the paper does not use, is the other choice for the large matrices of the layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -6,19 +12,70 @@ from torch.optim.swa_utils import AveragedModel
 
 # Parameters of more than one dimension that are still not decayed; biases, norms and D have one dimension.
 _NO_DECAY = ("A_log", "cls_token", "position_embeddings")
+# The matrices that map tokens to tokens, nearly all of the weights
+_OF_MUON = ("in_proj.weight", "out_proj.weight")
+OPTIMIZERS = ("adamw", "muon")
 
 
-def create_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and filters only.
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for some parameters and AdamW for the others, as one optimizer with the groups of both.
+
+    Muon orthogonalises the update of a matrix (Jordan et al., 2024, kellerjordan.github.io/posts/muon). Its step is
+    scaled to the size of AdamW's (Liu et al., 2025, arXiv:2502.16982), so that both take one learning rate.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self._parts = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        # The very dictionaries of the two, so that a schedule reaches them
+        self.param_groups = [*muon.param_groups, *adamw.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of both. `closure` computes the loss anew."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for part in self._parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the two, by name."""
+        return dict(zip(("muon", "adamw"), (part.state_dict() for part in self._parts)))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` has given."""
+        for part, name in zip(self._parts, ("muon", "adamw")):
+            part.load_state_dict(state_dict[name])
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+
+def create_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, name: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and filters only, or Muon beside it (`name`, one of `OPTIMIZERS`).
 
     Parameters are told apart by name and shape, because marks on the tensors are lost when a model is loaded.
     """
-    decayed, not_decayed = [], []
-    for name, parameter in model.named_parameters():
-        spared = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in _NO_DECAY
-        (not_decayed if spared else decayed).append(parameter)
+    decayed, not_decayed, of_muon = [], [], []
+    for parameter_name, parameter in model.named_parameters():
+        spared = parameter.ndim <= 1 or parameter_name.rsplit(".", 1)[-1] in _NO_DECAY
+        if name == "muon" and parameter_name.endswith(_OF_MUON):
+            of_muon.append(parameter)
+        else:
+            (not_decayed if spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999))
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999))
+    if name == "adamw":
+        return adamw
+    muon = torch.optim.Muon(of_muon, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, adamw)
 
 
 def create_weight_average(model: nn.Module, decay: float) -> AveragedModel:

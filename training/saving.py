@@ -103,7 +103,10 @@ def save_release(
 
     `dtype` is that of the file. The configuration keeps the model's, so that it is loaded as it was scored.
     """
-    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
+    weights = {
+        name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     create_card(model.config, results).save(folder / "README.md")

@@ -48,8 +48,11 @@ def label_indices(label_names: list[str], model: PreTrainedModel) -> list[int]:
     unknown = [name for name in label_names if name not in known]
     if not unknown:
         return [known[name] for name in label_names]
-    has_default_names = all(name == f"LABEL_{index}" for name, index in known.items())
-    if has_default_names and len(known) == len(label_names):
+    if all(name == f"LABEL_{index}" for name, index in known.items()):
+        if len(known) != len(label_names):
+            raise ValueError(
+                f"the model names none of its {len(known)} classes, expected the {len(label_names)} of the dataset"
+            )
         logger.warning(f"the model names none of its {len(known)} classes; they are taken in the order of the dataset")
         return list(range(len(label_names)))
     raise ValueError(f"class {unknown[0]!r} of the dataset: expected one of the model's, {sorted(known)}")

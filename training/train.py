@@ -38,6 +38,7 @@ from publish import LOGS, prepare_repository, publish_folder
 from run_plot import plot_run
 from saving import check_output_folder, release_files, save_release
 from streaming import StreamLoader
+from teacher_views import ImagesWithRows, TeacherViews
 from trainer import Trainer
 from training_arguments import TrainingArguments, binding_arguments
 
@@ -90,27 +91,30 @@ def create_model(
 
 
 def create_teacher(
-    args: TrainingArguments,
-    model: FambaVForImageClassification,
-    processor: BaseImageProcessor,
-    label_names: list[str],
-    device: torch.device,
-) -> Teacher | None:
-    """What `model` learns from beside the labels, on `device`; None without distillation.
+    args: TrainingArguments, processor: BaseImageProcessor, label_names: list[str], device: torch.device
+) -> Teacher | TeacherViews | None:
+    """What a model learns from beside the labels, on `device`; None without distillation.
 
     Raises:
-        ValueError: if the teacher does not fit `model`.
+        ValueError: if the teacher does not fit the images and classes, or cannot be loaded.
     """
     if args.distillation_weight == 0:
         return None
+    if args.teacher_views is not None:
+        return TeacherViews(Path(args.teacher_views), label_names)
     flag = "model_name_or_path" if args.teacher_name_or_path is None else "teacher_name_or_path"
-    return load_teacher(f"--{flag}", getattr(args, flag), model.config, processor, label_names, device)
+    trust_remote_code = args.teacher_trust_remote_code
+    return load_teacher(f"--{flag}", getattr(args, flag), processor, label_names, device, trust_remote_code)
 
 
 def create_loaders(
-    args: TrainingArguments, images: LabeledImages, processor: BaseImageProcessor, accelerator: Accelerator
+    args: TrainingArguments,
+    images: LabeledImages,
+    processor: BaseImageProcessor,
+    accelerator: Accelerator,
+    views: TeacherViews | None = None,
 ) -> tuple[DataLoader | StreamLoader, DataLoader]:
-    """Loaders of uint8 pixels and labels, for training and for scoring."""
+    """Loaders of uint8 pixels and labels, for training and for scoring; the former with rows of `views`, if given."""
     if args.streaming:
         return _stream(args, images, processor, accelerator)
 
@@ -122,8 +126,9 @@ def create_loaders(
         pixel_bytes = len(dataset) * 3 * processor.size["height"] * processor.size["width"]
         is_cached = pixel_bytes <= args.max_cached_mib * 2**20
         workers = 0 if is_cached else args.dataloader_num_workers
+        tensors = CachedImages(*source) if is_cached else DecodedImages(*source)
         return DataLoader(
-            CachedImages(*source) if is_cached else DecodedImages(*source),
+            ImagesWithRows(tensors, views) if is_training and views is not None else tensors,
             batch_size,
             shuffle=is_training,
             drop_last=is_training,
@@ -138,7 +143,7 @@ def create_loaders(
     return train, validation
 
 
-def _whole_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _whole_batch(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The datasets give whole batches, so there is nothing to collate."""
     return batch
 
@@ -191,11 +196,11 @@ def check_teacher(args: TrainingArguments) -> None:
     """
     if args.distillation_weight == 0:
         return
-    teacher = args.teacher_name_or_path or args.model_name_or_path
+    teacher = args.teacher_views or args.teacher_name_or_path or args.model_name_or_path
     if teacher is None:
         raise ValueError(
             f"--distillation_weight {args.distillation_weight}: expected --model_name_or_path, which is the teacher "
-            "then, or --teacher_name_or_path"
+            "then, or --teacher_name_or_path, or --teacher_views"
         )
     if Path(teacher).resolve() == args.output_dir.resolve():
         raise ValueError(f"--output_dir {args.output_dir}: expected another folder than the teacher's")
@@ -246,8 +251,9 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     )
     model, processor = create_model(args, overrides, images.label_names)
     check_channels(model.config)
-    loaders = create_loaders(args, images, processor, accelerator)
-    teacher = create_teacher(args, model, processor, images.label_names, accelerator.device)
+    teacher = create_teacher(args, processor, images.label_names, accelerator.device)
+    views = teacher if isinstance(teacher, TeacherViews) else None
+    loaders = create_loaders(args, images, processor, accelerator, views)
     trainer = Trainer(args, binding, accelerator, model, processor, *loaders, teacher)
 
     trainer.compile_kernels()

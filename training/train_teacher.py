@@ -141,7 +141,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output_dir", type=Path, help="folder for the teacher")
     parser.add_argument("--dataset_name", required=True, help="Hub id or local folder that load_dataset reads")
     parser.add_argument("--image_column_name", help="column with the images; found by its type if not given")
-    parser.add_argument("--label_column_name", help="column with the labels; the first of type ClassLabel if not given")
+    parser.add_argument(
+        "--label_column_name", help="column with the labels; the first of type ClassLabel if not given"
+    )
     parser.add_argument("--validation_split", help="split to score; a fifth of the training split if not given")
     parser.add_argument("--image_size", type=int, default=96, help="side of the enlarged images in pixels")
     parser.add_argument("--num_train_epochs", type=float, default=3)

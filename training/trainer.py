@@ -43,6 +43,7 @@ from modeling_fambav.selective_scan import uses_cpu_kernels
 from optimization import create_optimizer, create_weight_average
 from pixels import normalize
 from provenance import peak_memory_bytes, used_memory_bytes
+from teacher_views import TeacherViews
 from training_arguments import TrainingArguments
 
 
@@ -82,20 +83,21 @@ class Trainer:
         processor: BaseImageProcessor,
         train_loader: DataLoader,
         validation_loader: DataLoader,
-        teacher: Teacher | None = None,
+        teacher: Teacher | TeacherViews | None = None,
     ):
         """`binding` is what checkpoints of this run can only be resumed with; `teacher` is for distillation."""
         self.args, self.binding, self.accelerator, self.processor = args, binding, accelerator, processor
         self.teacher = teacher
+        has_views = isinstance(teacher, TeacherViews)
         self.augment = Augmentation(
             model.config.image_height_width,
-            args.random_crop_padding,
-            args.horizontal_flip_prob,
+            0 if has_views else args.random_crop_padding,
+            0.0 if has_views else args.horizontal_flip_prob,
             args.mixup_alpha,
             args.cutmix_alpha,
             args.random_erasing_prob,
         )
-        optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
+        optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
         self.model, self.optimizer, self.validation_loader = accelerator.prepare(model, optimizer, validation_loader)
         # A stream is already divided among the processes.
         self.train_loader = train_loader if args.streaming else accelerator.prepare(train_loader)
@@ -141,7 +143,7 @@ class Trainer:
             model.train()
             pixel_values = torch.zeros(1, config.num_channels, *config.image_height_width)
             model(pixel_values).logits.sum().backward()
-            if self.teacher is not None:
+            if isinstance(self.teacher, Teacher):
                 self.teacher(pixel_values)
         self.optimizer.zero_grad()
 
@@ -166,10 +168,10 @@ class Trainer:
         )
         while position.step < self.num_steps:
             started, processor_started = time.perf_counter(), time.process_time()
-            for pixels, labels in self._rest_of_epoch():
-                is_update = self._train_batch(pixels, labels, interruption)
+            for batch in self._rest_of_epoch():
+                is_update = self._train_batch(*batch, interruption=interruption)
                 position.batch += 1
-                position.images += len(labels) * self.accelerator.num_processes
+                position.images += len(batch[0]) * self.accelerator.num_processes
                 if not is_update:
                     continue
                 progress.update()
@@ -204,7 +206,7 @@ class Trainer:
         position = self.position
         position.peak_memory_bytes = max(position.peak_memory_bytes, peak_memory_bytes(self.accelerator.device))
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, ...]]:
         """Batches of this epoch behind those that were already trained on."""
         self.model.train()
         loader = self.train_loader
@@ -220,18 +222,31 @@ class Trainer:
             loader.set_epoch(self.position.epoch)
         yield from loader
 
-    def _train_batch(self, pixels: Tensor, labels: Tensor, interruption: Interruption) -> bool:
-        """Add a batch to the gradient. Returns whether this ended an optimizer step."""
+    def _train_batch(
+        self, pixels: Tensor, labels: Tensor, rows: Tensor | None = None, *, interruption: Interruption
+    ) -> bool:
+        """Add a batch to the gradient; `rows` are those of the teacher's stored views, if there are any.
+
+        Returns whether this ended an optimizer step.
+        """
         args, accelerator, position = self.args, self.accelerator, self.position
         source = [args.seed, position.epoch, position.batch, accelerator.process_index]
         torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
         with accelerator.accumulate(self.model):
+            teacher_logits = None
+            if rows is not None:
+                pixels, teacher_logits = self.teacher.draw(pixels, rows)
             images, targets = self.augment(normalize(pixels, self.processor), labels)
             with accelerator.autocast():
                 logits = self.model(pixel_values=images).logits
             loss = mixed_cross_entropy(logits.float(), targets, args.label_smoothing)
             if self.teacher is not None:
-                loss = loss.lerp(self._distillation_loss(images, logits), args.distillation_weight)
+                if teacher_logits is None:
+                    with accelerator.autocast():
+                        teacher_logits = self.teacher(images)
+                temperature, kind = args.distillation_temperature, args.distillation_loss
+                distilled = distillation_loss(logits.float(), teacher_logits.float(), temperature, kind)
+                loss = loss.lerp(distilled, args.distillation_weight)
             accelerator.backward(loss)
             self._batch_losses.append(loss.detach())
             if not accelerator.sync_gradients:
@@ -247,11 +262,6 @@ class Trainer:
         self.weight_average.update_parameters(accelerator.unwrap_model(self.model))
         position.step += 1
         return True
-
-    def _distillation_loss(self, images: Tensor, logits: Tensor) -> Tensor:
-        with self.accelerator.autocast():
-            teacher_logits = self.teacher(images)
-        return distillation_loss(logits.float(), teacher_logits.float(), self.args.distillation_temperature)
 
     def _agree(self, interruption: Interruption) -> tuple[float, int]:
         """The mean loss of this step, and the signal to stop by if any process got one: the same everywhere."""
@@ -298,8 +308,9 @@ class Trainer:
     def round_weights(self, dtype: torch.dtype) -> None:
         """Round the weights and their average to this format, so that what is scored is what is released."""
         for model in (self.model, self.weight_average.module):
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(dtype))
+            for values in model.state_dict().values():
+                if values.is_floating_point():
+                    values.copy_(values.to(dtype))
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the weights and of their average on the validation split, in percent."""
@@ -346,8 +357,10 @@ class Trainer:
                 f"{self._batches_per_epoch()} as in this run; are --dataset_name and --max_cached_mib the same?"
             )
         if state.get("teacher") != self._teacher_fingerprint():
-            name = self.args.teacher_name_or_path or self.args.model_name_or_path
-            raise CheckpointError(f"checkpoint {path}: made with another teacher, the weights of {name} have changed")
+            args = self.args
+            kind = "weights" if args.teacher_views is None else "views"
+            name = args.teacher_views or args.teacher_name_or_path or args.model_name_or_path
+            raise CheckpointError(f"checkpoint {path}: made with another teacher, the {kind} of {name} have changed")
         load_checkpoint(self.accelerator, path)
         self.position, self._logged_losses = Position(**state["position"]), state["logged_losses"]
         self.last_loss = state["last_loss"]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distillation import DISTILLATION_LOSSES
+from optimization import OPTIMIZERS
+
 # Those that need nothing but the numbers of warm-up steps and of all steps
 _SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 _CHOICES = {
@@ -14,6 +17,8 @@ _CHOICES = {
     "nonfinite_loss": ("stop", "skip"),
     "release_weights": ("last", "average"),
     "release_dtype": ("float32", "bfloat16"),
+    "distillation_loss": DISTILLATION_LOSSES,
+    "optimizer": OPTIMIZERS,
 }
 _MINIMUMS = {
     "num_train_epochs": 1,
@@ -37,7 +42,16 @@ _MINIMUMS = {
 }
 _BELOW_ONE = ("warmup_ratio", "label_smoothing", "ema_decay")
 _UP_TO_ONE = ("horizontal_flip_prob", "random_erasing_prob", "distillation_weight")
-OF_DISTILLATION = ("distillation_weight", "distillation_temperature", "teacher_name_or_path")
+OF_DISTILLATION = (
+    "distillation_weight",
+    "distillation_temperature",
+    "distillation_loss",
+    "teacher_name_or_path",
+    "teacher_trust_remote_code",
+    "teacher_views",
+)
+# What would make other images of the stored views than those that the teacher saw
+_NOT_WITH_VIEWS = ("mixup_alpha", "cutmix_alpha", "random_erasing_prob")
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -67,6 +81,7 @@ class TrainingArguments:
     per_device_train_batch_size: int = _flag(128, "images per process and step")
     per_device_eval_batch_size: int = _flag(128, "images per process in evaluation")
     gradient_accumulation_steps: int = _flag(1, "batches per optimizer step")
+    optimizer: str = _flag("adamw", "adamw, or muon for the large matrices of the layers and adamw for the rest")
     learning_rate: float = _flag(1e-3, "peak learning rate")
     weight_decay: float = _flag(0.1, "not applied to norms, biases, A_log, D, class token and positions")
     lr_scheduler_type: str = _flag("cosine", "schedule of the learning rate, a name that transformers knows")
@@ -82,8 +97,13 @@ class TrainingArguments:
     ema_decay: float = _flag(0.9999, "decay of the exponential moving average of the weights")
     distillation_weight: float = _flag(0.0, "share of the loss that a teacher gives instead of the labels; 0 is off")
     distillation_temperature: float = _flag(2.0, "by which the logits of student and teacher are divided")
+    distillation_loss: str = _flag("kl", "kl, or standardized: of logits without their mean and scale")
     teacher_name_or_path: str | None = _flag(
-        None, "teacher, used without fusion; the checkpoint that training starts from if not given"
+        None, "any image classifier; the checkpoint that training starts from, without fusion, if not given"
+    )
+    teacher_trust_remote_code: bool = _flag(False, "run code that comes with the teacher")
+    teacher_views: str | None = _flag(
+        None, "folder of store_teacher_views.py instead of a teacher; crops and flips are those that it holds"
     )
     seed: int = _flag(0, "seed of weights, data order, augmentation and validation split")
     # engine
@@ -122,10 +142,7 @@ class TrainingArguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number in [0, 1]")
         if not (math.isfinite(self.distillation_temperature) and self.distillation_temperature > 0):
             raise ValueError(f"--distillation_temperature {self.distillation_temperature}: expected a number > 0")
-        if self.distillation_weight == 0 and self.teacher_name_or_path is not None:
-            raise ValueError(
-                f"--teacher_name_or_path {self.teacher_name_or_path}: expected a --distillation_weight above 0"
-            )
+        self._check_teacher()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 expected = [choice for choice in choices if choice is not None]
@@ -139,6 +156,24 @@ class TrainingArguments:
             raise ValueError("--streaming: expected --validation_split, no part of a stream can be set aside")
         if self.streaming and self.dataset_name == "digits":
             raise ValueError("--streaming: expected another --dataset_name, the digits are built in")
+
+    def _check_teacher(self) -> None:
+        for name in ("teacher_name_or_path", "teacher_views"):
+            value = getattr(self, name)
+            if self.distillation_weight == 0 and value is not None:
+                raise ValueError(f"--{name} {value}: expected a --distillation_weight above 0")
+        if self.teacher_views is None:
+            return
+        given = f"--teacher_views {self.teacher_views}"
+        if self.teacher_name_or_path is not None:
+            raise ValueError(f"{given}: expected no --teacher_name_or_path beside it")
+        if self.streaming:
+            raise ValueError(f"{given}: expected no --streaming, views are found by the images")
+        for name in _NOT_WITH_VIEWS:
+            if getattr(self, name) > 0:
+                raise ValueError(
+                    f"{given}: expected --{name} 0, not {getattr(self, name)}; the teacher has not seen such images"
+                )
 
 
 # Flags that do not change what is trained: a run may be resumed with others.
@@ -173,4 +208,6 @@ def binding_arguments(args: TrainingArguments, overrides: dict[str, Any]) -> dic
         own["dataloader_num_workers"] = args.dataloader_num_workers
     if args.distillation_weight == 0:  # without a teacher, none of its flags shapes the run
         own = {name: value for name, value in own.items() if name not in OF_DISTILLATION}
+    if args.teacher_views is not None:  # where they lie says nothing; what they hold is in the checkpoint
+        del own["teacher_views"]
     return {**own, **{name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}}

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from augmentation import Targets, mixed_cross_entropy
 from checkpointing import CheckpointError
 from data import load_labeled_images
 from distillation import Teacher, distillation_loss
-from helpers import random_tensor, tiny_config
+from helpers import noise, random_tensor, tiny_config
 from modeling_fambav import FambaVForImageClassification, FambaVModel
 from scoring import Scorer, load_classifier
 from training_arguments import TrainingArguments, binding_arguments
@@ -67,6 +68,29 @@ def test_loss_is_that_of_the_paper(temperature):
     assert distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
 
 
+def slow_standardized(logits: list[float]) -> list[float]:
+    """Logits minus their mean over their standard deviation, with Python numbers."""
+    mean = statistics.fmean(logits)
+    return [(logit - mean) / statistics.pstdev(logits) for logit in logits]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_standardized_loss_is_that_of_the_paper(temperature):
+    student, teacher = random_tensor(5, 7, seed=0), random_tensor(5, 7, seed=1)
+    pairs = zip(map(slow_standardized, student.tolist()), map(slow_standardized, teacher.tolist()))
+    expected = sum(slow_loss(*pair, temperature) for pair in pairs) / 5
+    assert distillation_loss(student, teacher, temperature, "standardized").item() == pytest.approx(expected, rel=1e-4)
+    # Neither scale nor offset of the teacher counts
+    scaled = distillation_loss(student, 5 * teacher - 3, temperature, "standardized").item()
+    assert scaled == pytest.approx(expected, rel=1e-4)
+
+
+def test_logits_that_are_all_the_same_have_a_standardized_loss_with_a_gradient():
+    student = torch.zeros(2, 5, requires_grad=True)
+    distillation_loss(student, random_tensor(2, 5, seed=0), 2.0, "standardized").backward()
+    assert student.grad.isfinite().all()
+
+
 def test_gradient_is_the_difference_of_the_probabilities():
     student, teacher = random_tensor(4, 6, seed=2).requires_grad_(), random_tensor(4, 6, seed=3)
     distillation_loss(student, teacher, 3.0).backward()
@@ -78,10 +102,10 @@ def test_gradient_is_the_difference_of_the_probabilities():
 
 
 def test_teacher_scores_without_fusion_and_gets_no_gradient(start):
-    config = AutoModelForImageClassification.from_pretrained(start, fusion_strategy="all", fusion_tokens=1).config
+    config = AutoModelForImageClassification.from_pretrained(start).config
     processor = ViTImageProcessorPil.from_pretrained(start)
     names = [config.id2label[index] for index in range(10)]
-    teacher = distillation.load_teacher("--flag", str(start), config, processor, names, torch.device("cpu"))
+    teacher = distillation.load_teacher("--flag", str(start), processor, names, torch.device("cpu"))
     assert teacher.model.config.fusion_strategy == "none" and not teacher.model.training
     images = random_tensor(3, 3, 8, 8, seed=0)
     student = AutoModelForImageClassification.from_pretrained(start)
@@ -101,9 +125,9 @@ def test_classes_of_the_teacher_are_matched_by_name(start, tmp_path):
     names = [str((index + 3) % 10) for index in range(10)]  # what its index means
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
-    student, images = AutoModelForImageClassification.from_pretrained(start), random_tensor(3, 3, 8, 8, seed=0)
+    images = random_tensor(3, 3, 8, 8, seed=0)
     processor, labels = ViTImageProcessorPil.from_pretrained(start), [str(index) for index in range(10)]
-    arguments = student.config, processor, labels, torch.device("cpu")
+    arguments = processor, labels, torch.device("cpu")
     own, renamed = (
         distillation.load_teacher("--flag", str(folder), *arguments)(images)
         for folder in (start, tmp_path / "teacher")
@@ -132,13 +156,14 @@ def test_loss_of_a_run_is_the_mix_of_the_two(start, tmp_path, monkeypatch):
 
     def record_distillation(*arguments):
         seen.append(distillation_loss(*arguments).item())
-        assert arguments[2] == 3.0
+        assert arguments[2:] == (3.0, "standardized")
         return distillation_loss(*arguments)
 
     monkeypatch.setattr(trainer, "mixed_cross_entropy", record)
     monkeypatch.setattr(trainer, "distillation_loss", record_distillation)
     flags = {**RUN, "gradient_accumulation_steps": 1, "max_train_steps": 2, "model_name_or_path": start}
-    train_here(tmp_path / "out", **flags, distillation_weight=0.7, distillation_temperature=3)
+    flags |= {"distillation_weight": 0.7, "distillation_temperature": 3, "distillation_loss": "standardized"}
+    train_here(tmp_path / "out", **flags)
     logged = [record["train_loss"] for record in read_metrics(tmp_path / "out") if "train_loss" in record]
     assert logged == pytest.approx([0.3 * seen[0] + 0.7 * seen[1], 0.3 * seen[2] + 0.7 * seen[3]])
     assert min(seen) > 1e-3  # otherwise the comparison would say little
@@ -222,7 +247,12 @@ def test_teacher_is_in_no_checkpoint(start, saved):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"distillation_weight": 0.4}, {"distillation_weight": 0}, {"distillation_temperature": 3}],
+    [
+        {"distillation_weight": 0.4},
+        {"distillation_weight": 0},
+        {"distillation_temperature": 3},
+        {"distillation_loss": "standardized"},
+    ],
     ids=str,
 )
 def test_flags_are_binding(start, saved, tmp_path, changed):
@@ -295,7 +325,15 @@ def assert_refused(tmp_path: Path, monkeypatch, expected: list[str], **changes) 
         ({"distillation_temperature": 0}, ["--distillation_temperature 0.0", "> 0"]),
         ({"distillation_temperature": "nan"}, ["--distillation_temperature nan", "> 0"]),
         ({"distillation_weight": 0, "teacher_name_or_path": "x"}, ["--teacher_name_or_path x", "above 0"]),
-        ({}, ["--distillation_weight 0.5", "--model_name_or_path", "--teacher_name_or_path"]),
+        ({}, ["--distillation_weight 0.5", "--model_name_or_path", "--teacher_name_or_path", "--teacher_views"]),
+        ({"distillation_loss": "mse"}, ["--distillation_loss mse", "['kl', 'standardized']"]),
+        ({"distillation_weight": 0, "teacher_views": "x"}, ["--teacher_views x", "above 0"]),
+        ({"teacher_views": "x", "teacher_name_or_path": "y"}, ["--teacher_views x", "no --teacher_name_or_path"]),
+        ({"teacher_views": "x"}, ["--teacher_views x", "--mixup_alpha 0, not 0.8"]),
+        (
+            {"teacher_views": "x", "mixup_alpha": 0, "random_erasing_prob": 0},
+            ["x: expected teacher_views.json", "store_teacher_views.py"],
+        ),
     ],
     ids=str,
 )
@@ -313,10 +351,8 @@ def write_model(folder: Path, model_class=FambaVForImageClassification, mean: fl
 
 
 TEACHERS = {
-    "another size": ({"image_size": 16}, ["image_size 16", "8 x 8"]),
     "fewer classes": ({"num_labels": 7}, ["7 classes", "10 of the data"]),
     "other classes": ({"id2label": {index: f"animal {index}" for index in range(10)}}, ["class '0'", "animal 1"]),
-    "another normalisation": ({"mean": 0.1}, ["image_mean (0.1, 0.1, 0.1)", "(0.5, 0.5, 0.5)"]),
     "no classifier": ({"model_class": FambaVModel}, ["trained classifier", "classifier."]),
 }
 
@@ -337,13 +373,46 @@ def test_start_without_a_classifier_is_no_teacher(tmp_path, monkeypatch):
     assert_refused(tmp_path, monkeypatch, expected, model_name_or_path=folder)
 
 
-def test_teacher_of_another_kind_is_refused(start, tmp_path, monkeypatch):
+def write_vit(folder: Path, side: int, **processing) -> ViTForImageClassification:
     config = ViTConfig(
-        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+        image_size=side, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
-    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    expected = [f"--teacher_name_or_path {tmp_path / 'vit'}", "fambav", "'vit'"]
-    assert_refused(tmp_path, monkeypatch, expected, model_name_or_path=start, teacher_name_or_path=tmp_path / "vit")
+    config.id2label = {index: str(9 - index) for index in range(10)}  # the digits, the other way round
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": side, "width": side}, **processing).save_pretrained(folder)
+    return model
+
+
+def test_teacher_of_another_kind_sees_images_as_its_own_processor_makes_them(tmp_path):
+    processing = {"resample": 3, "image_mean": [0.3, 0.4, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    vit = write_vit(tmp_path / "vit", 20, **processing)
+    students = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    names, image = [str(index) for index in range(10)], noise(seed=3)
+    teacher = distillation.load_teacher("--flag", str(tmp_path / "vit"), students, names, torch.device("cpu"))
+    scores = teacher(students(image, return_tensors="pt")["pixel_values"])
+    own = ViTImageProcessorPil.from_pretrained(tmp_path / "vit")(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(scores, vit(pixel_values=own).logits.flip(-1).detach(), rtol=0, atol=0.01)
+    assert scores.std() > 0.03  # otherwise the comparison would say little
+
+
+def test_run_with_a_teacher_of_another_kind(start, tmp_path):
+    write_vit(tmp_path / "vit", 12)
+    results = train_here(
+        tmp_path / "out", **DISTILLED, model_name_or_path=start, teacher_name_or_path=tmp_path / "vit"
+    )
+    assert math.isfinite(results["train_loss"])
+
+
+def test_teacher_with_code_of_its_own_needs_permission(start, tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModelForImageClassification": "own_code.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own_kind", "auto_map": auto_map}))
+    (folder / "own_code.py").write_text("raise SystemExit('the code has run')\n")
+    expected = [f"--teacher_name_or_path {folder}: comes with code of its own", "--teacher_trust_remote_code"]
+    assert_refused(tmp_path, monkeypatch, expected, model_name_or_path=start, teacher_name_or_path=folder)
 
 
 def test_run_does_not_replace_its_teacher(start, monkeypatch):
