@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import tiny_config
+from helpers import random_tensor, tiny_config
 from modeling_fambav import FambaVForImageClassification
-from optimization import create_optimizer, create_weight_average
+from optimization import MuonWithAdamW, create_optimizer, create_weight_average
 
 # The matrices and filters of the model, written out; everything else is not decayed.
 DECAYED = {
@@ -75,3 +75,59 @@ def test_weight_average_keeps_the_model_apart():
         average.module.classifier.weight.fill_(7.0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# ---- Muon ----
+
+
+def muon_parameters(optimizer: MuonWithAdamW) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups if "ns_steps" in group for parameter in group["params"]]
+
+
+def test_muon_gets_the_matrices_between_tokens_and_adamw_the_rest():
+    model = FambaVForImageClassification(tiny_config())
+    optimizer = create_optimizer(model, 0.1, 0.3, "muon")
+    expected = [f"fambav.layers.{layer}.mixer.{name}.weight" for layer in range(3) for name in ("in_proj", "out_proj")]
+    assert parameter_names(model, muon_parameters(optimizer)) == sorted(expected)
+    everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert parameter_names(model, everything) == sorted(name for name, _ in model.named_parameters())
+    assert len(everything) == len({id(parameter) for parameter in everything})
+
+
+def train_three_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, total_iters=3)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(random_tensor(2, 3, 16, 16, seed=seed + step)).logits.square().sum().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adamw():
+    torch.manual_seed(0)
+    model = FambaVForImageClassification(tiny_config())
+    optimizer = create_optimizer(model, 0.01, 0.0, "muon")
+    weight = model.fambav.layers[0].mixer.in_proj.weight  # (128, 32)
+    before = weight.detach().clone()
+    weight.grad = 1e-3 * random_tensor(128, 32, seed=0)
+    optimizer.step()
+    update = (before - weight.detach()) / 0.01
+    assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+    singular_values = torch.linalg.svdvals(update) / (0.2 * 128**0.5)
+    assert 0.6 < singular_values.min() and singular_values.max() < 1.3  # Newton and Schulz stop there
+
+
+def test_schedule_and_saved_state_reach_both_parts():
+    torch.manual_seed(0)
+    model = FambaVForImageClassification(tiny_config())
+    optimizer = create_optimizer(model, 0.01, 0.1, "muon")
+    train_three_steps(model, optimizer)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    copied = copy.deepcopy(model)
+    restored = create_optimizer(copied, 0.5, 0.1, "muon")
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {group["lr"] for group in restored.param_groups} == {0.01}
+    for one_model, one_optimizer in ((model, optimizer), (copied, restored)):
+        train_three_steps(one_model, one_optimizer, seed=7)
+    for (name, expected), parameter in zip(model.named_parameters(), copied.parameters()):
+        assert torch.equal(parameter, expected), name
