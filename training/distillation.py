@@ -25,7 +25,7 @@ from scoring import label_indices
 from teacher_input import TeacherInput
 
 DISTILLATION_LOSSES = ("kl", "standardized")
-_EPSILON = 1e-7  # against logits that are all the same
+_EPSILON = 1e-8  # of a variance, for logits that are all the same
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, kind: str = "kl") -> Tensor:
@@ -45,7 +45,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 def standardize(logits: Tensor) -> Tensor:
     """Logits `(B, classes)` minus their mean over their standard deviation, of each image (algorithm 1)."""
     centered = logits - logits.mean(-1, keepdim=True)
-    return centered / (centered.square().mean(-1, keepdim=True).sqrt() + _EPSILON)
+    return centered / (centered.square().mean(-1, keepdim=True) + _EPSILON).sqrt()
 
 
 class Teacher:
