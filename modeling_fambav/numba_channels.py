@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .numba_jobs import inlined, launch
-from .numba_vectors import LANES
 
-# Channels of one task: four vectors, so that a step reads runs of whole cache lines.
+# Channels of one task, so that a step reads runs of whole cache lines.
 BLOCK = 64
 
 
@@ -37,8 +36,8 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def pad_channels(tensor: Tensor) -> Tensor:
-    """Zeros up to a whole number of vectors; the padded channels stay zero all the way."""
-    missing = -tensor.shape[-1] % LANES
+    """Zeros up to a whole number of blocks; the padded channels stay zero all the way."""
+    missing = -tensor.shape[-1] % BLOCK
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 

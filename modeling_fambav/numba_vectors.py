@@ -1,18 +1,22 @@
-"""A vector of 16 float32 lanes for numba, so that kernels say themselves what is one instruction.
+"""Vectors of float32 lanes for numba, so that kernels say themselves what is one instruction.
 
 numba leaves vectorising to LLVM's guesses about loops, which here give a fifth of the speed. These vectors are LLVM
-vectors: one AVX-512 register, or as many narrower ones as the machine needs. The order of all operations is written
-down, so results do not depend on the machine's vector width or on the number of threads.
+vectors: one register, or as many as the machine needs. The order of all operations is written down, so results do not
+depend on the machine's vector width or on the number of threads.
 
     v = load(rows, row, column)           # 16 neighbouring values of one row
     store(rows, row, column, v * v + full(2.0))
+
+A vector has 16 lanes, or WIDE lanes where every lane is on its own: four registers of a machine with 32 of them, which
+are worked on in lockstep, because a chain of operations on one register leaves a core idle most of the time.
 
 `rows` is a matrix as (address, bytes from row to row, bytes of a value), so that no kernel depends on a memory layout.
 Vectors are read from and written to rows of float32 (4 bytes) and of bfloat16 (2 bytes) alike; where the number of
 bytes is a constant, the compiler drops the other case.
 
 Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
-(an int64), fetch_add, full, maximum, where_greater, exp2, reduce_sum, and exp, sigmoid, softplus made of them.
+(an int64), fetch_add, full, maximum, where_greater, exp2, add_products, reduce_sum, store_sums, and exp, sigmoid,
+softplus, softplus_and_sigmoid made of them. load_wide and full_wide make vectors of WIDE lanes.
 """
 
 import operator
@@ -20,47 +24,72 @@ import operator
 import numpy as np
 
 try:
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba import carray as carray
     from numba import cfunc as cfunc
     from numba import njit, types
-    from numba.core import cgutils
+    from numba.core import config
     from numba.extending import intrinsic as intrinsic
     from numba.extending import models, overload, register_model
 except ImportError as error:
     raise ImportError("The CPU kernels of Famba-V need numba: `pip install numba`.") from error
 
+
+def _has_avx512() -> bool:
+    """Whether numba compiles for a processor with 32 registers of 16 float32."""
+    if config.CPU_FEATURES is not None:
+        return "+avx512f" in config.CPU_FEATURES
+    return binding.get_host_cpu_features().get("avx512f", False)
+
+
 LANES = 16
+WIDE = 64 if _has_avx512() else LANES
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _INDEX, _HALF = ir.IntType(64), ir.IntType(16)
-_FLOATS, _INTS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _HALF))
 # Multiply and add may become one fused instruction; nothing else about floating point is relaxed.
 _CONTRACT = ("contract",)
 
 
 class _VectorType(types.Type):
-    def __init__(self):
-        super().__init__(name="float32x16")
+    def __init__(self, lanes: int):
+        super().__init__(name=f"float32x{lanes}")
+        self.lanes = lanes
 
 
-_vector = _VectorType()
+_vector, _wide_vector = _VectorType(LANES), _VectorType(WIDE)
 rows_type = types.UniTuple(types.int64, 3)
 
 
 @register_model(_VectorType)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, data_model_manager, frontend_type):
-        super().__init__(data_model_manager, frontend_type, _FLOATS)
+        super().__init__(data_model_manager, frontend_type, ir.VectorType(_FLOAT, frontend_type.lanes))
 
 
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(np.float32(value)))] * LANES)
+def _floats(lanes: int, value: float) -> ir.Constant:
+    """The same float32 in all lanes."""
+    return ir.Constant(ir.VectorType(_FLOAT, lanes), [ir.Constant(_FLOAT, float(np.float32(value)))] * lanes)
 
 
-def _lanes(constant: int) -> ir.Constant:
+def _ints(lanes: int, value: int) -> ir.Constant:
     """The same integer in all lanes."""
-    return ir.Constant(_INTS, [ir.Constant(_INT, constant)] * LANES)
+    return ir.Constant(ir.VectorType(_INT, lanes), [ir.Constant(_INT, value)] * lanes)
+
+
+def _as_ints(builder, value):
+    """The bits of float32 lanes."""
+    return builder.bitcast(value, ir.VectorType(_INT, value.type.count))
+
+
+def _as_floats(builder, bits):
+    return builder.bitcast(bits, ir.VectorType(_FLOAT, bits.type.count))
+
+
+def _part(builder, value, first: int, count: int):
+    """`count` lanes of a vector, from lane `first`."""
+    indices = ir.Constant(ir.VectorType(_INT, count), list(range(first, first + count)))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), indices)
 
 
 def _pointer(builder, rows, row, column, item_bytes, llvm_type):
@@ -74,53 +103,64 @@ def _is_bfloat16(builder, rows):
     return builder.icmp_signed("==", builder.extract_value(rows, 2), ir.Constant(_INDEX, 2))
 
 
-@intrinsic
-def load(typing_context, rows, row, column):
-    """16 neighbouring values of one row, from float32 or bfloat16."""
+def _loader(vector: _VectorType):
+    floats, halves = ir.VectorType(_FLOAT, vector.lanes), ir.VectorType(_HALF, vector.lanes)
+    ints = ir.VectorType(_INT, vector.lanes)
 
-    def generate(context, builder, signature, args):
-        with builder.if_else(_is_bfloat16(builder, args[0])) as (then, otherwise):
-            with then:
-                halves = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 2), _HALVES))
-                halves.align = 2
-                # A bfloat16 is the upper half of a float32
-                widened = builder.bitcast(builder.shl(builder.zext(halves, _INTS), _lanes(16)), _FLOATS)
-                from_half = builder.block
-            with otherwise:
-                value = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 4), _FLOATS))
-                value.align = 4
-                from_float = builder.block
-        result = builder.phi(_FLOATS)
-        result.add_incoming(widened, from_half)
-        result.add_incoming(value, from_float)
-        return result
+    @intrinsic
+    def load(typing_context, rows, row, column):
+        """Neighbouring values of one row, from float32 or bfloat16."""
 
-    return _vector(rows_type, types.intp, types.intp), generate
+        def generate(context, builder, signature, args):
+            with builder.if_else(_is_bfloat16(builder, args[0])) as (then, otherwise):
+                with then:
+                    bits = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 2), halves))
+                    bits.align = 2
+                    # A bfloat16 is the upper half of a float32
+                    widened = _as_floats(builder, builder.shl(builder.zext(bits, ints), _ints(vector.lanes, 16)))
+                    from_half = builder.block
+                with otherwise:
+                    value = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 4), floats))
+                    value.align = 4
+                    from_float = builder.block
+            result = builder.phi(floats)
+            result.add_incoming(widened, from_half)
+            result.add_incoming(value, from_float)
+            return result
+
+        return vector(rows_type, types.intp, types.intp), generate
+
+    return load
+
+
+load, load_wide = _loader(_vector), _loader(_wide_vector)
 
 
 def _round_to_bfloat16(builder, value):
     """The nearest bfloat16, the even one of two that are as near; NaN stays NaN."""
-    bits = builder.bitcast(value, _INTS)
-    is_odd = builder.and_(builder.lshr(bits, _lanes(16)), _lanes(1))
-    rounded = builder.lshr(builder.add(builder.add(bits, _lanes(0x7FFF)), is_odd), _lanes(16))
-    return builder.trunc(builder.select(builder.fcmp_unordered("uno", value, value), _lanes(0x7FC0), rounded), _HALVES)
+    bits, lanes = _as_ints(builder, value), value.type.count
+    is_odd = builder.and_(builder.lshr(bits, _ints(lanes, 16)), _ints(lanes, 1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _ints(lanes, 0x7FFF)), is_odd), _ints(lanes, 16))
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), _ints(lanes, 0x7FC0), rounded)
+    return builder.trunc(rounded, ir.VectorType(_HALF, lanes))
 
 
 @intrinsic
 def store(typing_context, rows, row, column, value):
-    """Write 16 neighbouring values of one row, as float32 or bfloat16."""
+    """Write a vector to neighbouring values of one row, as float32 or bfloat16."""
 
     def generate(context, builder, signature, args):
         *place, value = args
         with builder.if_else(_is_bfloat16(builder, args[0])) as (then, otherwise):
             with then:
-                pointer = _pointer(builder, *place, ir.Constant(_INDEX, 2), _HALVES)
+                halves = ir.VectorType(_HALF, value.type.count)
+                pointer = _pointer(builder, *place, ir.Constant(_INDEX, 2), halves)
                 builder.store(_round_to_bfloat16(builder, value), pointer).align = 2
             with otherwise:
-                builder.store(value, _pointer(builder, *place, ir.Constant(_INDEX, 4), _FLOATS)).align = 4
+                builder.store(value, _pointer(builder, *place, ir.Constant(_INDEX, 4), value.type)).align = 4
         return context.get_dummy_value()
 
-    return types.void(rows_type, types.intp, types.intp, _vector), generate
+    return types.void(rows_type, types.intp, types.intp, value), generate
 
 
 def _access(value_type, llvm_type, item_bytes):
@@ -159,16 +199,22 @@ def fetch_add(typing_context, rows):
     return types.int64(rows_type), generate
 
 
-@intrinsic
-def full(typing_context, value):
-    """The same value in all lanes."""
+def _filler(vector: _VectorType):
+    @intrinsic
+    def full(typing_context, value):
+        """The same value in all lanes."""
 
-    def generate(context, builder, signature, args):
-        undefined = ir.Constant(_FLOATS, ir.Undefined)
-        first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
-        return builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
+        def generate(context, builder, signature, args):
+            undefined = ir.Constant(ir.VectorType(_FLOAT, vector.lanes), ir.Undefined)
+            first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
+            return builder.shuffle_vector(first, undefined, _ints(vector.lanes, 0))
 
-    return _vector(types.float32), generate
+        return vector(types.float32), generate
+
+    return full
+
+
+full, full_wide = _filler(_vector), _filler(_wide_vector)
 
 
 def _binary(instruction: str):
@@ -177,7 +223,7 @@ def _binary(instruction: str):
         def generate(context, builder, signature, args):
             return getattr(builder, instruction)(*args, flags=_CONTRACT)
 
-        return _vector(_vector, _vector), generate
+        return left(left, left), generate
 
     return operation
 
@@ -206,7 +252,7 @@ def maximum(typing_context, left, right):
         left, right = args
         return builder.select(builder.fcmp_ordered("<", left, right), right, left)
 
-    return _vector(_vector, _vector), generate
+    return left(left, left), generate
 
 
 @intrinsic
@@ -217,28 +263,67 @@ def where_greater(typing_context, left, right, if_greater, otherwise):
         left, right, if_greater, otherwise = args
         return builder.select(builder.fcmp_ordered(">", left, right), if_greater, otherwise)
 
-    return _vector(_vector, _vector, _vector, _vector), generate
+    return left(left, left, left, left), generate
+
+
+@intrinsic
+def add_products(typing_context, total, left, right):
+    """`total + left * right`, where `total` has 16 lanes: those of a wide product are added one after the other."""
+
+    def generate(context, builder, signature, args):
+        total, left, right = args
+        for first in range(0, left.type.count, LANES):
+            product = builder.fmul(
+                _part(builder, left, first, LANES), _part(builder, right, first, LANES), flags=_CONTRACT
+            )
+            total = builder.fadd(total, product, flags=_CONTRACT)
+        return total
+
+    return _vector(_vector, left, left), generate
 
 
 @intrinsic
 def reduce_sum(typing_context, lanes):
-    """Sum of the lanes, halves first, as a float32."""
+    """Sum of the 16 lanes, halves first, as a float32."""
 
     def generate(context, builder, signature, args):
         lanes, width = args[0], LANES
         while width > 1:
             width //= 2
-            undefined = ir.Constant(lanes.type, ir.Undefined)
-            low, high = (
-                builder.shuffle_vector(
-                    lanes, undefined, ir.Constant(ir.VectorType(_INT, width), list(range(first, first + width)))
-                )
-                for first in (0, width)
-            )
-            lanes = builder.fadd(low, high)
+            lanes = builder.fadd(_part(builder, lanes, 0, width), _part(builder, lanes, width, width))
         return builder.extract_element(lanes, ir.Constant(_INT, 0))
 
     return types.float32(_vector), generate
+
+
+@intrinsic
+def store_sums(typing_context, rows, row, column, a, b, c, d):
+    """Write the sums of the lanes of four vectors to four neighbouring float32: a quarter of the work of four sums."""
+
+    def generate(context, builder, signature, args):
+        *place, a, b, c, d = args
+
+        def interleaved_sum(left, right, width: int):
+            """Runs of `width` lanes, each the halves of one run of `left` added up, then those of `right`."""
+            indices = [[], []]
+            for run in range(0, LANES, 2 * width):
+                for half in (0, 1):
+                    lanes = range(run + half * width, run + half * width + width)
+                    indices[half] += [*lanes, *(LANES + lane for lane in lanes)]
+            parts = [
+                builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(_INT, LANES), half)) for half in indices
+            ]
+            return builder.fadd(*parts)
+
+        ab, cd = interleaved_sum(a, b, 1), interleaved_sum(c, d, 1)  # a0+a1 b0+b1 a2+a3 b2+b3 ...
+        lanes, width = interleaved_sum(ab, cd, 2), LANES  # four sums of four lanes, a b c d, four times
+        while width > 4:
+            width //= 2
+            lanes = builder.fadd(_part(builder, lanes, 0, width), _part(builder, lanes, width, width))
+        builder.store(lanes, _pointer(builder, *place, ir.Constant(_INDEX, 4), lanes.type)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(rows_type, types.intp, types.intp, _vector, _vector, _vector, _vector), generate
 
 
 def _exp2_polynomial(degree: int) -> list[float]:
@@ -252,56 +337,107 @@ def _exp2_polynomial(degree: int) -> list[float]:
 _EXP2_COEFFICIENTS = _exp2_polynomial(degree=5)
 
 
-@intrinsic
-def exp2(typing_context, exponent):
-    """2 to the power of the lanes, which are clamped to [-125, 126]: 2^k times a polynomial of the rest.
+# Added to a float32 of less than 2^22, it leaves the nearest integer in the lower bits
+_ROUND = 1.5 * 2**23
 
-    The power of two is an addition to the exponent bits, which is why the smallest normal numbers stay out."""
 
-    def generate(context, builder, signature, args):
-        exponent = args[0]
-        for bound, comparison in ((_constant(-125.0), "<"), (_constant(126.0), ">")):
-            exponent = builder.select(builder.fcmp_ordered(comparison, exponent, bound), bound, exponent)
-        floor_type = ir.FunctionType(_FLOATS, [_FLOATS])
-        floor = cgutils.get_or_insert_function(builder.module, floor_type, f"llvm.floor.v{LANES}f32")
-        power = builder.call(floor, [builder.fadd(exponent, _constant(0.5))])
-        rest = builder.fsub(exponent, power)
-        result = _constant(_EXP2_COEFFICIENTS[-1])
-        for coefficient in reversed(_EXP2_COEFFICIENTS[:-1]):
-            product = builder.fmul(result, rest, flags=_CONTRACT)
-            result = builder.fadd(product, _constant(coefficient), flags=_CONTRACT)
-        power_bits = builder.shl(builder.fptosi(power, _INTS), _lanes(23))
-        return builder.bitcast(builder.add(builder.bitcast(result, _INTS), power_bits), _FLOATS)
+def _exp2(smallest: float, largest: float | None):
+    """Make an exp2 of exponents that are clamped to [smallest, largest]."""
 
-    return _vector(_vector), generate
+    @intrinsic
+    def exp2(typing_context, exponent):
+        def generate(context, builder, signature, args):
+            exponent, lanes = args[0], args[0].type.count
+            for bound, comparison in ((smallest, "<"), (largest, ">")):
+                if bound is not None:
+                    limit = _floats(lanes, bound)
+                    exponent = builder.select(builder.fcmp_ordered(comparison, exponent, limit), limit, exponent)
+            shifted = builder.fadd(exponent, _floats(lanes, _ROUND))
+            rest = builder.fsub(exponent, builder.fsub(shifted, _floats(lanes, _ROUND)))
+            result = _floats(lanes, _EXP2_COEFFICIENTS[-1])
+            for coefficient in reversed(_EXP2_COEFFICIENTS[:-1]):
+                product = builder.fmul(result, rest, flags=_CONTRACT)
+                result = builder.fadd(product, _floats(lanes, coefficient), flags=_CONTRACT)
+            power_bits = builder.shl(_as_ints(builder, shifted), _ints(lanes, 23))
+            return _as_floats(builder, builder.add(_as_ints(builder, result), power_bits))
+
+        return exponent(exponent), generate
+
+    return exp2
+
+
+# 2 to the power of the lanes: 2^k times a polynomial of the rest. The power of two is an addition to the exponent
+# bits, which is why the smallest normal numbers stay out.
+exp2 = _exp2(-125.0, 126.0)
+exp2_of_negative = _exp2(-125.0, None)
+
+
+def _log1p_polynomial(degree: int) -> list[float]:
+    """Coefficients, lowest first, of a near-minimax polynomial of log(1 + u) / u for 0 <= u <= 1."""
+    nodes = 0.5 + 0.5 * np.cos(np.pi * (np.arange(200) + 0.5) / 200)
+    fit = np.polynomial.Chebyshev.fit(nodes, np.log1p(nodes) / nodes, degree, domain=[0, 1])
+    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
 _LOG2_E = np.float32(np.log2(np.e))
-_ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
-# atanh(s) = s (1 + s^2/3 + s^4/5 + ...)
-_ATANH = tuple(np.float32(1 / (2 * k + 1)) for k in range(8))
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+# Relative error 1.6e-7
+_LOG1P_COEFFICIENTS = tuple(np.float32(coefficient) for coefficient in _log1p_polynomial(degree=8))
 
 
-@njit(inline="always")
-def exp(x):
-    """e to the power of the lanes."""
-    return exp2(x * full(_LOG2_E))
+@intrinsic
+def _same(typing_context, value, like):
+    """A float32 in as many lanes as `like` has."""
+
+    def generate(context, builder, signature, args):
+        undefined = ir.Constant(args[1].type, ir.Undefined)
+        first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
+        return builder.shuffle_vector(first, undefined, _ints(args[1].type.count, 0))
+
+    return like(types.float32, like), generate
 
 
 @njit(inline="always")
 def sigmoid(x):
     """1 / (1 + e^-x)"""
-    return full(_ONE) / (full(_ONE) + exp(full(_ZERO) - x))
+    return _same(_ONE, x) / (_same(_ONE, x) + exp2(x * _same(-_LOG2_E, x)))
+
+
+@intrinsic
+def _minus_magnitude(typing_context, x):
+    """-|x|"""
+
+    def generate(context, builder, signature, args):
+        sign = _ints(args[0].type.count, -(2**31))
+        return _as_floats(builder, builder.or_(_as_ints(builder, args[0]), sign))
+
+    return x(x), generate
+
+
+@njit(inline="always")
+def _exp_of_minus_magnitude(x):
+    """e^-|x|"""
+    return exp2_of_negative(_minus_magnitude(x) * _same(_LOG2_E, x))
+
+
+@njit(inline="always")
+def _softplus(x, u):
+    """log(1 + e^x) = max(x, 0) + log1p(u) with u = e^-|x| in (0, 1]"""
+    series = _same(_LOG1P_COEFFICIENTS[8], x)
+    for k in range(7, -1, -1):
+        series = series * u + _same(_LOG1P_COEFFICIENTS[k], x)
+    return maximum(x, _same(_ZERO, x)) + u * series
 
 
 @njit(inline="always")
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(u) with u = e^-|x| in (0, 1], and log1p(u) = 2 atanh(u / (2 + u))."""
-    negative = full(_ZERO) - x
-    u = exp(full(_ZERO) - maximum(x, negative))
-    s = u / (full(_TWO) + u)
-    s2 = s * s
-    series = full(_ATANH[7])
-    for k in range(6, -1, -1):
-        series = series * s2 + full(_ATANH[k])
-    return maximum(x, full(_ZERO)) + full(_TWO) * s * series
+    """log(1 + e^x)"""
+    return _softplus(x, _exp_of_minus_magnitude(x))
+
+
+@njit(inline="always")
+def softplus_and_sigmoid(x):
+    """log(1 + e^x) and its derivative"""
+    u = _exp_of_minus_magnitude(x)
+    numerator = where_greater(x, _same(_ZERO, x), _same(_ONE, x), u)
+    return _softplus(x, u), numerator / (_same(_ONE, x) + u)

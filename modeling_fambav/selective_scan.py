@@ -67,8 +67,8 @@ HAS_KERNELS = ("numba", "triton")
 # Steps between the states that the forward pass keeps for the backward pass; the states and decays of a chunk fit the
 # second-level cache of a CPU, or the registers of a GPU's processors.
 CHUNK_STEPS = {"numba": 64, "triton": 32}
-# Channels of the kept states come in whole vectors.
-VECTOR_CHANNELS = {"numba": 16, "triton": 1}
+# Channels of the kept states come in whole blocks.
+VECTOR_CHANNELS = {"numba": 64, "triton": 1}
 _INSTALLED = {name: importlib.util.find_spec(backend.module) is not None for name, backend in _BACKENDS.items()}
 _chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
 

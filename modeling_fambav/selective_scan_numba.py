@@ -12,8 +12,8 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 
-A step is several short loops over the channels rather than a long one: the chain of operations on one vector is long
-and the vectors are independent, so a core is busy only if it sees several of them at once.
+What does not depend on the state (the time steps, the gate) is computed for many tokens before the scan, which is then
+one loop over time and states. A block of channels is few vectors of WIDE lanes, see numba_vectors.py.
 """
 
 import numpy as np
@@ -25,15 +25,19 @@ from .numba_channels import BLOCK, as_rows, as_rows_of_any, ceil_div, launch_blo
 from .numba_jobs import inlined, keep, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
 from .numba_vectors import (
     LANES,
-    exp2,
+    WIDE,
+    add_products,
+    exp2_of_negative,
     full,
+    full_wide,
     load,
     load_scalar,
-    reduce_sum,
+    load_wide,
     sigmoid,
     softplus,
+    softplus_and_sigmoid,
     store,
-    store_scalar,
+    store_sums,
 )
 from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
 
@@ -47,8 +51,25 @@ def _position(g, i, num_tokens):
 
 
 @inlined
-def _scaled(value, dt_scale, image_row):
-    return value * full(load_scalar(dt_scale, image_row, 0)) if dt_scale[0] != 0 else value
+def _scale_of(dt_scale, image_row):
+    return load_scalar(dt_scale, image_row, 0) if dt_scale[0] != 0 else _ONE
+
+
+@inlined
+def _copy_rows(target, target_row, target_start, source, source_row, source_start, num_rows):
+    """Copy a block of channels of some rows."""
+    for n in range(num_rows):
+        for c in range(0, BLOCK, WIDE):
+            store(target, target_row + n, target_start + c, load_wide(source, source_row + n, source_start + c))
+
+
+@inlined
+def _reduce_rows(sums, sum_row, lanes, num_rows):
+    """Sum up the lanes of every row, four rows at a time."""
+    for n in range(0, num_rows, 4):
+        store_sums(
+            sums, sum_row, n, load(lanes, n, 0), load(lanes, n + 1, 0), load(lanes, n + 2, 0), load(lanes, n + 3, 0)
+        )
 
 
 @kernel
@@ -58,58 +79,65 @@ def _scan_forward(address):
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
     x, dt, z, out = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
-    num_blocks, num_chunks = ceil_div(channels, BLOCK), ceil_div(num_tokens, _CHUNK)
+    num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
     share = _ONE / np.float32(num_directions)
     h_array = np.empty((state_size, BLOCK), np.float32)
-    delta_array = np.empty((1, BLOCK), np.float32)
+    delta_array, drive_array = np.empty((_CHUNK, BLOCK), np.float32), np.empty((_CHUNK, BLOCK), np.float32)
     sum_array = np.empty((num_tokens, BLOCK), np.float32)  # of y over the directions
-    h, deltas, sums = scratch(h_array), scratch(delta_array), scratch(sum_array)
+    h, deltas, drives, sums = scratch(h_array), scratch(delta_array), scratch(drive_array), scratch(sum_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
         b, start = task // num_blocks, task % num_blocks * BLOCK
-        stop = min(start + BLOCK, channels)
+        sum_array[:] = 0.0
         for g in range(num_directions):
             h_array[:] = 0.0
-            for i in range(num_tokens):
-                t = _position(g, i, num_tokens)
-                image_row = b * num_tokens + t
-                row = g * batch_size * num_tokens + image_row
-                if states[0] != 0 and i % _CHUNK == 0:
-                    kept = ((g * batch_size + b) * num_chunks + i // _CHUNK) * state_size
-                    for n in range(state_size):
-                        for e in range(start, stop, LANES):
-                            store(states, kept + n, e, load(h, n, e - start))
-                for e in range(start, stop, LANES):
-                    delta = _scaled(softplus(load(dt, row, e) + load(dt_bias, g, e)), dt_scale, image_row)
-                    store(deltas, 0, e - start, delta)
-                for e in range(start, stop, LANES):
-                    c = e - start
-                    x_t, delta = load(x, row, e), load(deltas, 0, c)
-                    drive = delta * x_t
-                    y = load(D, g, e) * x_t
-                    for n in range(state_size):
-                        decay = exp2(delta * load(A, g * state_size + n, e))
-                        h_n = decay * load(h, n, c) + drive * full(load_scalar(B, row, n))
-                        store(h, n, c, h_n)
-                        y = y + h_n * full(load_scalar(C, row, n))
-                    if g > 0:
-                        y = y + load(sums, t, c)
-                    store(sums, t, c, y)
+            for chunk in range(num_chunks):
+                first = chunk * _CHUNK
+                steps = min(_CHUNK, num_tokens - first)
+                if states[0] != 0:
+                    kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
+                    _copy_rows(states, kept, start, h, 0, 0, state_size)
+
+                for i in range(steps):
+                    t = _position(g, first + i, num_tokens)
+                    image_row = b * num_tokens + t
+                    row = g * batch_size * num_tokens + image_row
+                    scale = full_wide(_scale_of(dt_scale, image_row))
+                    for c in range(0, BLOCK, WIDE):
+                        x_t = load_wide(x, row, start + c)
+                        delta = scale * softplus(load_wide(dt, row, start + c) + load_wide(dt_bias, g, start + c))
+                        store(deltas, i, c, delta)
+                        store(drives, i, c, delta * x_t)
+                        store(sums, t, c, load_wide(sums, t, c) + load_wide(D, g, start + c) * x_t)
+
+                for i in range(steps):
+                    t = _position(g, first + i, num_tokens)
+                    row = (g * batch_size + b) * num_tokens + t
+                    for c in range(0, BLOCK, WIDE):
+                        delta, drive, y = load_wide(deltas, i, c), load_wide(drives, i, c), load_wide(sums, t, c)
+                        for n in range(state_size):
+                            decay = exp2_of_negative(delta * load_wide(A, g * state_size + n, start + c))
+                            h_n = decay * load_wide(h, n, c) + drive * full_wide(load_scalar(B, row, n))
+                            store(h, n, c, h_n)
+                            y = y + h_n * full_wide(load_scalar(C, row, n))
+                        store(sums, t, c, y)
+
         for t in range(num_tokens):
-            for e in range(start, stop, LANES):
-                y = load(sums, t, e - start) * full(share)
+            for c in range(0, BLOCK, WIDE):
+                y = load_wide(sums, t, c) * full_wide(share)
                 if z[0] != 0:
-                    gate = load(z, b * num_tokens + t, e)
+                    gate = load_wide(z, b * num_tokens + t, start + c)
                     y = y * gate * sigmoid(gate)
-                store(out, b * num_tokens + t, e, y)
-    keep((h_array, delta_array, sum_array))
+                store(out, b * num_tokens + t, start + c, y)
+    keep((h_array, delta_array, drive_array, sum_array))
 
 
 @kernel
 def _scan_backward(address):
-    """Gradients. dA (B*G*N, E), dD and ddt_bias (B*G, E) are per image; dB and dC (blocks*G*B*T, N) per block.
+    """Gradients. dA (B*G*N, E), dD and ddt_bias (B*G, E) are per image; dB and dC (blocks*G*B*T, N) per block, with N
+    up to a multiple of 4.
 
     The adjoint g_t of the state runs backwards through the scan: g_t = C_t dy_t + decay_{t+1} g_{t+1}."""
     job = open_job(address, 19)
@@ -119,120 +147,127 @@ def _scan_backward(address):
     dA, dB, dC, dD, ddt_bias = rows(job, 13), rows(job, 14), rows(job, 15), rows(job, 16), rows(job, 18)
     x, dt, z, dout = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
     dx, ddt, dz = rows_of_any(job, 11), rows_of_any(job, 12), rows_of_any(job, 17)
-    num_blocks, num_chunks = ceil_div(channels, BLOCK), ceil_div(num_tokens, _CHUNK)
+    num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
     share, log_2 = _ONE / np.float32(num_directions), np.float32(np.log(2.0))
-    # h[i] is the state before step i of the chunk, h[i + 1] the one after it
+    # h[i] is the state before step i of the chunk
     h_array = np.empty(((_CHUNK + 1) * state_size, BLOCK), np.float32)
     decay_array = np.empty((_CHUNK * state_size, BLOCK), np.float32)
-    delta_array = np.empty((_CHUNK, BLOCK), np.float32)
-    carried_array = np.empty((state_size, BLOCK), np.float32)  # decay_{t+1} g_{t+1}
-    dy_array, slope_array = np.empty((1, BLOCK), np.float32), np.empty((2, BLOCK), np.float32)
-    dz_array = np.empty((num_tokens, BLOCK), np.float32)  # sum over the directions
-    dB_array, dC_array = np.empty((state_size, LANES), np.float32), np.empty((state_size, LANES), np.float32)
-    h, decays, deltas, carried = (
-        scratch(h_array), scratch(decay_array), scratch(delta_array), scratch(carried_array)
+    x_array, delta_array = np.empty((_CHUNK, BLOCK), np.float32), np.empty((_CHUNK, BLOCK), np.float32)
+    slope_array = np.empty((_CHUNK, BLOCK), np.float32)  # d delta / d dt
+    # over all tokens: the gradient of y, sum of y over the directions, and the gradient of the gate per unit of y
+    dy_array, y_array, dgate_array = (
+        np.empty((num_tokens, BLOCK), np.float32), np.empty((num_tokens, BLOCK), np.float32),
+        np.empty((num_tokens, BLOCK), np.float32)
     )  # fmt: skip
-    dys, slopes, d_gates = scratch(dy_array), scratch(slope_array), scratch(dz_array)
-    dB_t, dC_t = scratch(dB_array), scratch(dC_array)
+    carried_array = np.empty((state_size, BLOCK), np.float32)  # decay_{t+1} g_{t+1}
+    dA_array = np.empty((state_size, BLOCK), np.float32)
+    bias_array = np.empty((2, BLOCK), np.float32)  # of dD and ddt_bias
+    lane_array = np.zeros((ceil_div(state_size, 4) * 4, LANES), np.float32)  # of dB_t and of dC_t
+    h, decays, deltas, slopes, xs = (
+        scratch(h_array), scratch(decay_array), scratch(delta_array), scratch(slope_array), scratch(x_array)
+    )  # fmt: skip
+    dys, ys, dgates = scratch(dy_array), scratch(y_array), scratch(dgate_array)
+    carried, dA_sum, sums, lanes = scratch(carried_array), scratch(dA_array), scratch(bias_array), scratch(lane_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
         b, block = task // num_blocks, task % num_blocks
         start = block * BLOCK
-        stop = min(start + BLOCK, channels)
+        partial = block * num_directions * batch_size * num_tokens  # first row of the sums over this block
+
+        y_array[:] = 0.0
+        for t in range(num_tokens):
+            for c in range(0, BLOCK, WIDE):
+                dy = load_wide(dout, b * num_tokens + t, start + c) * full_wide(share)
+                if z[0] != 0:
+                    gate = load_wide(z, b * num_tokens + t, start + c)
+                    gate_sigmoid = sigmoid(gate)
+                    # d silu(z) / dz = s (1 + z (1 - s))
+                    slope = gate_sigmoid * (full_wide(_ONE) + gate * (full_wide(_ONE) - gate_sigmoid))
+                    store(dgates, t, c, dy * slope)
+                    dy = dy * gate * gate_sigmoid
+                store(dys, t, c, dy)
+
         for g in range(num_directions):
             carried_array[:] = 0.0
-            image_direction = b * num_directions + g
-            for e in range(start, stop, LANES):
-                for n in range(state_size):
-                    store(dA, image_direction * state_size + n, e, full(_ZERO))
-                store(dD, image_direction, e, full(_ZERO))
-                store(ddt_bias, image_direction, e, full(_ZERO))
-
+            dA_array[:] = 0.0
+            bias_array[:] = 0.0
             for chunk in range(num_chunks - 1, -1, -1):
                 first = chunk * _CHUNK
                 steps = min(_CHUNK, num_tokens - first)
 
-                kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
-                for n in range(state_size):
-                    for e in range(start, stop, LANES):
-                        store(h, n, e - start, load(states, kept + n, e))
                 for i in range(steps):
-                    image_row = b * num_tokens + _position(g, first + i, num_tokens)
-                    row = g * batch_size * num_tokens + image_row
-                    for e in range(start, stop, LANES):
-                        delta = _scaled(softplus(load(dt, row, e) + load(dt_bias, g, e)), dt_scale, image_row)
-                        store(deltas, i, e - start, delta)
-                    for e in range(start, stop, LANES):
-                        c = e - start
-                        delta = load(deltas, i, c)
-                        drive = delta * load(x, row, e)
-                        for n in range(state_size):
-                            decay = exp2(delta * load(A, g * state_size + n, e))
-                            store(decays, i * state_size + n, c, decay)
-                            h_n = decay * load(h, i * state_size + n, c) + drive * full(load_scalar(B, row, n))
-                            store(h, (i + 1) * state_size + n, c, h_n)
-
-                for i in range(steps - 1, -1, -1):
                     t = _position(g, first + i, num_tokens)
                     image_row = b * num_tokens + t
                     row = g * batch_size * num_tokens + image_row
-                    dB_array[:] = 0.0
-                    dC_array[:] = 0.0
-                    for e in range(start, stop, LANES):
-                        c = e - start
-                        dy = load(dout, image_row, e) * full(share)
-                        if z[0] != 0:
-                            gate = load(z, image_row, e)
-                            gate_sigmoid = sigmoid(gate)
-                            # d silu(z) / dz = s (1 + z (1 - s))
-                            slope = gate_sigmoid * (full(_ONE) + gate * (full(_ONE) - gate_sigmoid))
-                            store(slopes, 1, c, dy * slope)
-                            dy = dy * gate * gate_sigmoid
-                        store(dys, 0, c, dy)
-                        slope = _scaled(sigmoid(load(dt, row, e) + load(dt_bias, g, e)), dt_scale, image_row)
-                        store(slopes, 0, c, slope)
-                    for e in range(start, stop, LANES):
-                        c = e - start
-                        dy, x_t, delta, skip = load(dys, 0, c), load(x, row, e), load(deltas, i, c), load(D, g, e)
-                        drive = delta * x_t
-                        y, d_drive, d_delta = skip * x_t, full(_ZERO), full(_ZERO)
+                    scale = full_wide(_scale_of(dt_scale, image_row))
+                    for c in range(0, BLOCK, WIDE):
+                        x_t = load_wide(x, row, start + c)
+                        raw = load_wide(dt, row, start + c) + load_wide(dt_bias, g, start + c)
+                        delta, slope = softplus_and_sigmoid(raw)
+                        store(xs, i, c, x_t)
+                        store(deltas, i, c, scale * delta)
+                        store(slopes, i, c, scale * slope)
+                        store(ys, t, c, load_wide(ys, t, c) + load_wide(D, g, start + c) * x_t)
+
+                kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
+                _copy_rows(h, 0, 0, states, kept, start, state_size)
+                for i in range(steps):
+                    t = _position(g, first + i, num_tokens)
+                    row = (g * batch_size + b) * num_tokens + t
+                    for c in range(0, BLOCK, WIDE):
+                        delta, y, dy = load_wide(deltas, i, c), load_wide(ys, t, c), load_wide(dys, t, c)
+                        drive = delta * load_wide(xs, i, c)
                         for n in range(state_size):
-                            B_n, C_n = full(load_scalar(B, row, n)), full(load_scalar(C, row, n))
-                            after = load(h, (i + 1) * state_size + n, c)
-                            adjoint = load(carried, n, c) + dy * C_n
-                            y = y + after * C_n
-                            store(dC_t, n, 0, load(dC_t, n, 0) + dy * after)
-                            store(dB_t, n, 0, load(dB_t, n, 0) + adjoint * drive)
-                            d_drive = d_drive + adjoint * B_n
-                            adjoint = adjoint * load(decays, i * state_size + n, c)
+                            decay = exp2_of_negative(delta * load_wide(A, g * state_size + n, start + c))
+                            store(decays, i * state_size + n, c, decay)
+                            h_n = decay * load_wide(h, i * state_size + n, c)
+                            h_n = h_n + drive * full_wide(load_scalar(B, row, n))
+                            store(h, (i + 1) * state_size + n, c, h_n)
+                            y = y + h_n * full_wide(load_scalar(C, row, n))
+                            dC_n = full(_ZERO) if c == 0 else load(lanes, n, 0)
+                            store(lanes, n, 0, add_products(dC_n, dy, h_n))
+                        store(ys, t, c, y)
+                    _reduce_rows(dC, partial + row, lanes, state_size)
+
+                for i in range(steps - 1, -1, -1):
+                    t = _position(g, first + i, num_tokens)
+                    row = (g * batch_size + b) * num_tokens + t
+                    for c in range(0, BLOCK, WIDE):
+                        delta, x_t, dy = load_wide(deltas, i, c), load_wide(xs, i, c), load_wide(dys, t, c)
+                        drive = delta * x_t
+                        d_drive, d_delta = full_wide(_ZERO), full_wide(_ZERO)
+                        for n in range(state_size):
+                            adjoint = load_wide(carried, n, c) + dy * full_wide(load_scalar(C, row, n))
+                            dB_n = full(_ZERO) if c == 0 else load(lanes, n, 0)
+                            store(lanes, n, 0, add_products(dB_n, adjoint, drive))
+                            d_drive = d_drive + adjoint * full_wide(load_scalar(B, row, n))
+                            adjoint = adjoint * load_wide(decays, i * state_size + n, c)
                             store(carried, n, c, adjoint)
-                            d_exponent = adjoint * load(h, i * state_size + n, c)
-                            d_delta = d_delta + d_exponent * load(A, g * state_size + n, e)
-                            dA_row = image_direction * state_size + n
-                            store(dA, dA_row, e, load(dA, dA_row, e) + d_exponent * delta)
+                            d_exponent = adjoint * load_wide(h, i * state_size + n, c)
+                            d_delta = d_delta + d_exponent * load_wide(A, g * state_size + n, start + c)
+                            store(dA_sum, n, c, load_wide(dA_sum, n, c) + d_exponent * delta)
                         # A holds A log2(e), so its product with delta comes back by log(2)
-                        d_delta = d_delta * full(log_2) + d_drive * x_t
-                        store(dx, row, e, d_drive * delta + dy * skip)
-                        store(dD, image_direction, e, load(dD, image_direction, e) + dy * x_t)
-                        d_dt = d_delta * load(slopes, 0, c)
-                        store(ddt, row, e, d_dt)
-                        store(ddt_bias, image_direction, e, load(ddt_bias, image_direction, e) + d_dt)
-                        if z[0] != 0:
-                            d_gate = y * load(slopes, 1, c)
-                            if g > 0:
-                                d_gate = d_gate + load(d_gates, t, c)
-                            store(d_gates, t, c, d_gate)
-                    partial = block * num_directions * batch_size * num_tokens + row
-                    for n in range(state_size):
-                        store_scalar(dB, partial, n, reduce_sum(load(dB_t, n, 0)))
-                        store_scalar(dC, partial, n, reduce_sum(load(dC_t, n, 0)))
+                        d_delta = d_delta * full_wide(log_2) + d_drive * x_t
+                        d_dt = d_delta * load_wide(slopes, i, c)
+                        store(dx, row, start + c, d_drive * delta + dy * load_wide(D, g, start + c))
+                        store(ddt, row, start + c, d_dt)
+                        store(sums, 0, c, load_wide(sums, 0, c) + dy * x_t)
+                        store(sums, 1, c, load_wide(sums, 1, c) + d_dt)
+                    _reduce_rows(dB, partial + row, lanes, state_size)
+
+            image_direction = b * num_directions + g
+            _copy_rows(dA, image_direction * state_size, start, dA_sum, 0, 0, state_size)
+            _copy_rows(dD, image_direction, start, sums, 0, 0, 1)
+            _copy_rows(ddt_bias, image_direction, start, sums, 1, 0, 1)
+
         if z[0] != 0:
             for t in range(num_tokens):
-                for e in range(start, stop, LANES):
-                    store(dz, b * num_tokens + t, e, load(d_gates, t, e - start))
-    keep((h_array, decay_array, delta_array, carried_array, dy_array, slope_array, dz_array, dB_array, dC_array))
+                for c in range(0, BLOCK, WIDE):
+                    store(dz, b * num_tokens + t, start + c, load_wide(ys, t, c) * load_wide(dgates, t, c))
+    keep((h_array, decay_array, x_array, delta_array, slope_array, dy_array, y_array, dgate_array))
+    keep((carried_array, dA_array, bias_array, lane_array))
 
 
 # ---- tensors in, tensors out ----
@@ -297,7 +332,8 @@ def scan_backward(
     num_rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // BLOCK)
     dx, ddt = (torch.empty(num_rows, channels, dtype=row_dtype(tensor)) for tensor in (x, dt))
     dA = torch.empty(batch_size * num_directions * state_size, channels)
-    dB, dC = torch.empty(num_blocks * num_rows, state_size), torch.empty(num_blocks * num_rows, state_size)
+    whole_fours = -(-state_size // 4) * 4
+    dB, dC = torch.empty(num_blocks * num_rows, whole_fours), torch.empty(num_blocks * num_rows, whole_fours)
     dD, ddt_bias = (torch.empty(batch_size * num_directions, channels) for _ in range(2))
     dz = None if z is None else torch.empty(batch_size * num_tokens, channels, dtype=row_dtype(z))
     outputs = [dx, ddt, dA, dB, dC, dD, dz, ddt_bias]
@@ -311,8 +347,8 @@ def scan_backward(
         whole(dx, *x.shape[:3]),
         whole(ddt, *x.shape[:3]),
         whole(dA, *images, state_size).sum(0).mT,
-        dB.view(num_blocks, *B.shape).sum(0),
-        dC.view(num_blocks, *C.shape).sum(0),
+        dB.view(num_blocks, *B.shape[:3], whole_fours)[..., :state_size].sum(0),
+        dC.view(num_blocks, *C.shape[:3], whole_fours)[..., :state_size].sum(0),
         whole(dD, *images).sum(0),
         None if z is None else whole(dz, batch_size, num_tokens),
         whole(ddt_bias, *images).sum(0),
