@@ -2,42 +2,42 @@
 
 Tensors are channels-last, and the backward direction looks ahead instead of back, so nothing is flipped or transposed.
 Names and shapes are those of `selective_scan_numba.py`. A task first copies its tokens to a block of float32 that
-stays in the cache, because every one of them is read by all taps of both directions.
+stays in the cache, because every one of them is read by all taps of both directions. There the sequence begins after
+K - 1 tokens of zeros and ends before as many, so that no tap has to ask whether there is a token.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_channels import BLOCK, as_rows, as_rows_of_any, ceil_div, launch_blocks, pad_channels, row_dtype
+from .numba_channels import BLOCK, as_rows, as_rows_of_any, launch_blocks, pad_channels, row_dtype
 from .numba_jobs import inlined, keep, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
-from .numba_vectors import LANES, full, load, sigmoid, store
+from .numba_vectors import WIDE, full_wide, load_wide, sigmoid, store
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @inlined
-def _before(g, t, distance):
-    """The position this many steps before t in the direction's own time."""
-    return t - distance if g == 0 else t + distance
+def _source(g, t, k, kernel_size):
+    """Row of the padded block that tap k reads for position t. The last tap belongs to the token itself."""
+    return t + k if g == 0 else t + 2 * (kernel_size - 1) - k
 
 
 @inlined
-def _load_tokens(tokens, x, b, num_tokens, start, stop):
-    """Copy a block of channels of one image to `tokens`, (T, block)."""
+def _load_tokens(tokens, x, b, num_tokens, start, kernel_size):
+    """Copy a block of channels of one image to `tokens`, (K - 1 + T + K - 1, block)."""
     for t in range(num_tokens):
-        for e in range(start, stop, LANES):
-            store(tokens, t, e - start, load(x, b * num_tokens + t, e))
+        for c in range(0, BLOCK, WIDE):
+            store(tokens, t + kernel_size - 1, c, load_wide(x, b * num_tokens + t, start + c))
 
 
 @inlined
-def _convolved(tokens, weight, bias, g, t, e, c, num_tokens, kernel_size):
-    """Before the SiLU. The last tap belongs to the current token."""
-    total = load(bias, g, e)
+def _convolved(tokens, weight, bias, g, t, start, c, kernel_size):
+    """Before the SiLU."""
+    total = load_wide(bias, g, start + c)
     for k in range(kernel_size):
-        source = _before(g, t, kernel_size - 1 - k)
-        if 0 <= source < num_tokens:
-            total = total + load(tokens, source, c) * load(weight, g * kernel_size + k, e)
+        token = load_wide(tokens, _source(g, t, k, kernel_size), c)
+        total = total + token * load_wide(weight, g * kernel_size + k, start + c)
     return total
 
 
@@ -46,21 +46,20 @@ def _conv_forward(address):
     job = open_job(address, 4)
     num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
     x, weight, bias, out = rows_of_any(job, 0), rows(job, 1), rows(job, 2), rows_of_any(job, 3)
-    num_blocks = ceil_div(channels, BLOCK)
-    token_array = np.empty((num_tokens, BLOCK), np.float32)
+    num_blocks = channels // BLOCK
+    token_array = np.zeros((num_tokens + 2 * (kernel_size - 1), BLOCK), np.float32)
     tokens = scratch(token_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
         b, start = task // num_blocks, task % num_blocks * BLOCK
-        stop = min(start + BLOCK, channels)
-        _load_tokens(tokens, x, b, num_tokens, start, stop)
+        _load_tokens(tokens, x, b, num_tokens, start, kernel_size)
         for g in range(num_directions):
             for t in range(num_tokens):
-                for e in range(start, stop, LANES):
-                    u = _convolved(tokens, weight, bias, g, t, e, e - start, num_tokens, kernel_size)
-                    store(out, (g * batch_size + b) * num_tokens + t, e, u * sigmoid(u))
+                for c in range(0, BLOCK, WIDE):
+                    u = _convolved(tokens, weight, bias, g, t, start, c, kernel_size)
+                    store(out, (g * batch_size + b) * num_tokens + t, start + c, u * sigmoid(u))
     keep((token_array,))
 
 
@@ -71,49 +70,48 @@ def _conv_backward(address):
     num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
     weight, bias, dweight, dbias = rows(job, 1), rows(job, 2), rows(job, 5), rows(job, 6)
     x, dout, dx = rows_of_any(job, 0), rows_of_any(job, 3), rows_of_any(job, 4)
-    num_blocks = ceil_div(channels, BLOCK)
-    token_array = np.empty((num_tokens, BLOCK), np.float32)
-    du_array = np.empty((num_directions * num_tokens, BLOCK), np.float32)  # gradient before the SiLU
+    num_blocks = channels // BLOCK
+    padded = num_tokens + 2 * (kernel_size - 1)
+    token_array = np.zeros((padded, BLOCK), np.float32)
+    du_array = np.zeros((num_directions * padded, BLOCK), np.float32)  # gradient before the SiLU
     tokens, du = scratch(token_array), scratch(du_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
         b, start = task // num_blocks, task % num_blocks * BLOCK
-        stop = min(start + BLOCK, channels)
-        _load_tokens(tokens, x, b, num_tokens, start, stop)
+        _load_tokens(tokens, x, b, num_tokens, start, kernel_size)
         for g in range(num_directions):
+            first = g * padded + kernel_size - 1
             for t in range(num_tokens):
-                for e in range(start, stop, LANES):
-                    u = _convolved(tokens, weight, bias, g, t, e, e - start, num_tokens, kernel_size)
+                for c in range(0, BLOCK, WIDE):
+                    u = _convolved(tokens, weight, bias, g, t, start, c, kernel_size)
                     s = sigmoid(u)
-                    dout_t = load(dout, (g * batch_size + b) * num_tokens + t, e)
-                    store(du, g * num_tokens + t, e - start, dout_t * s * (full(_ONE) + u * (full(_ONE) - s)))
+                    dout_t = load_wide(dout, (g * batch_size + b) * num_tokens + t, start + c)
+                    store(du, first + t, c, dout_t * s * (full_wide(_ONE) + u * (full_wide(_ONE) - s)))
         for g in range(num_directions):
+            first = g * padded + kernel_size - 1
             image_direction = b * num_directions + g
-            for e in range(start, stop, LANES):
-                c = e - start
-                total = full(_ZERO)
+            for c in range(0, BLOCK, WIDE):
+                total = full_wide(_ZERO)
                 for t in range(num_tokens):
-                    total = total + load(du, g * num_tokens + t, c)
-                store(dbias, image_direction, e, total)
+                    total = total + load_wide(du, first + t, c)
+                store(dbias, image_direction, start + c, total)
                 for k in range(kernel_size):
-                    total = full(_ZERO)
+                    total = full_wide(_ZERO)
                     for t in range(num_tokens):
-                        source = _before(g, t, kernel_size - 1 - k)
-                        if 0 <= source < num_tokens:
-                            total = total + load(du, g * num_tokens + t, c) * load(tokens, source, c)
-                    store(dweight, image_direction * kernel_size + k, e, total)
+                        token = load_wide(tokens, _source(g, t, k, kernel_size), c)
+                        total = total + load_wide(du, first + t, c) * token
+                    store(dweight, image_direction * kernel_size + k, start + c, total)
         for t in range(num_tokens):
-            for e in range(start, stop, LANES):
-                total = full(_ZERO)
+            for c in range(0, BLOCK, WIDE):
+                total = full_wide(_ZERO)
                 for g in range(num_directions):
                     for k in range(kernel_size):
-                        target = _before(g, t, k + 1 - kernel_size)
-                        if 0 <= target < num_tokens:
-                            du_t = load(du, g * num_tokens + target, e - start)
-                            total = total + du_t * load(weight, g * kernel_size + k, e)
-                store(dx, b * num_tokens + t, e, total)
+                        # The direction is turned round: what tap k reads for t, it also gives its gradient to
+                        target = g * padded + _source(1 - g, t, k, kernel_size)
+                        total = total + load_wide(du, target, c) * load_wide(weight, g * kernel_size + k, start + c)
+                store(dx, b * num_tokens + t, start + c, total)
     keep((token_array, du_array))
 
 
