@@ -51,10 +51,16 @@ def standardize(logits: Tensor) -> Tensor:
 class Teacher:
     """A trained classifier that scores images for a student. It is never trained and in no checkpoint of a run."""
 
-    def __init__(self, model: PreTrainedModel, classes: list[int], prepare: TeacherInput | None = None):
+    views: int | None = None  # it sees whatever the student sees
+
+    def __init__(
+        self, model: PreTrainedModel, classes: list[int], prepare: TeacherInput | None = None, name: str = ""
+    ):
         """`classes` are the model's index of each class of the student; `prepare` makes its images of theirs."""
         self.model, self._classes = model.eval().requires_grad_(False), torch.tensor(classes, device=model.device)
-        self._prepare = prepare
+        self._prepare, self.name = prepare, name
+        self.pretrained_on: str | None = getattr(model.config, "pretrained_on", None)
+        self.is_unfused = model.config.model_type == FambaVConfig.model_type
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def load_teacher(
     try:
         teachers_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         prepare = TeacherInput(processor, teachers_processor)
-        return Teacher(model.to(device), label_indices(label_names, model), prepare)
+        return Teacher(model.to(device), label_indices(label_names, model), prepare, name)
     except (AttributeError, KeyError) as error:
         raise ValueError(f"{flag} {name}: its image processor has no {error}") from error
     except ValueError as error:

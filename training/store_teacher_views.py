@@ -84,6 +84,7 @@ def store(args: argparse.Namespace) -> Manifest:
     manifest = Manifest(
         teacher=args.teacher,
         teacher_sha256=teacher.fingerprint(),
+        teacher_pretrained_on=teacher.pretrained_on,
         dataset=args.dataset_name,
         split=args.train_split,
         image_height=pixels.shape[-2],

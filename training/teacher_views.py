@@ -39,6 +39,7 @@ class Manifest:
 
     Attributes:
         teacher, teacher_sha256: name and digest of the weights.
+        teacher_pretrained_on: data that it had seen before, if it says so.
         dataset, split: where the images come from.
         image_height, image_width: size of the student's images in pixels.
         fill: colour of the padding, that of a normalised zero.
@@ -61,6 +62,7 @@ class Manifest:
     label_names: list[str]
     images: int
     images_per_file: int
+    teacher_pretrained_on: str | None = None
     format: int = _FORMAT
 
     @property
@@ -177,6 +179,8 @@ def read_manifest(folder: Path) -> Manifest:
 class TeacherViews:
     """Stored views in memory: 2 bytes per image, view and class."""
 
+    is_unfused = False  # a teacher of ours may be; what is stored does not say so
+
     def __init__(self, folder: Path, label_names: list[str]):
         """Read all files; `label_names` are the student's classes, by index.
 
@@ -184,6 +188,7 @@ class TeacherViews:
             TeacherViewsError: if files are missing or damaged, or the teacher does not know a class.
         """
         self.manifest = manifest = read_manifest(folder)
+        self.name, self.pretrained_on, self.views = manifest.teacher, manifest.teacher_pretrained_on, manifest.views
         self._folder = folder
         columns = [_read_file(folder, manifest, index) for index in range(manifest.num_files)]
         digests, tops, lefts, flips, logits = (np.concatenate(parts) for parts in zip(*columns))

@@ -291,6 +291,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
             "validation_images": _length(loaders[1]),
             "release_weights": args.release_weights,
             "hub_model_id": repository,
+            "teacher": _describe_teacher(teacher),
             "arguments": {**dataclasses.asdict(args), "output_dir": str(args.output_dir), **overrides},
             **environment(accelerator),
         }
@@ -305,6 +306,12 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         # Last, because the other processes would not wait for a long upload
         results["hub_url"] = publish_folder(args.output_dir, repository)
     return results
+
+
+def _describe_teacher(teacher: Teacher | TeacherViews | None) -> dict[str, Any] | None:
+    if teacher is None:
+        return None
+    return {name: getattr(teacher, name) for name in ("name", "pretrained_on", "views", "is_unfused")}
 
 
 def _length(loader: DataLoader) -> int | None:

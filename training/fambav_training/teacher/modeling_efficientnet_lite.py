@@ -16,12 +16,14 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     Args:
         variant (`str`): `"efficientnet-lite0"` to `"efficientnet-lite4"`.
         image_size (`int`): Side of the square input in pixels.
+        pretrained_on (`str`, *optional*): Data that the weights had seen before those of the labels.
     """
 
     model_type = "efficientnet_lite"
 
     variant: str = "efficientnet-lite0"
     image_size: int = 224
+    pretrained_on: str | None = None
 
 
 class EfficientNetLiteForImageClassification(PreTrainedModel):
