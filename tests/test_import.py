@@ -3,7 +3,7 @@
 import json
 import statistics
 
-from child_process import run_python
+from support.child_process import run_python
 
 IMPORT = """
 import json, sys, time

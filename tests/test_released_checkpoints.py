@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from child_process import REPOSITORY, run_python
 from modeling_fambav import FambaVConfig
+from support.child_process import REPOSITORY, run_python
 
 MODEL_CARDS = REPOSITORY / "model_cards"
 CHECKPOINTS = sorted(path.parent for path in MODEL_CARDS.glob("*/config.json"))

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from child_process import REPOSITORY, run_python
-from helpers import tiny_config
 from modeling_fambav import FambaVForImageClassification
+from support.child_process import REPOSITORY, run_python
+from support.helpers import tiny_config
 
 LABELS = {0: "ant", 1: "bee", 2: "cat"}
 CODE_FILES = {path.name for path in (REPOSITORY / "modeling_fambav").glob("*.py")} - {"__init__.py"}
@@ -50,7 +50,7 @@ def saved(tmp_path_factory) -> Path:
 
 
 def load_elsewhere(saved: Path, place: Path, *blocked: str) -> Loaded:
-    script = REPOSITORY / "tests" / "load_remote_code.py"
+    script = REPOSITORY / "tests" / "support" / "load_remote_code.py"
     process = run_python("-I", script, saved, place, *blocked, cwd=place, HF_HOME=str(place / "hf_home"))
     assert process.returncode == 0, process.stderr
     return Loaded(

@@ -27,12 +27,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from memory import give_back_freed_memory, keep_freed_memory
+from fambav_training.machine.memory import give_back_freed_memory, keep_freed_memory
+from fambav_training.machine.provenance import environment, status_bytes
+from fambav_training.markdown import markdown_table
+from fambav_training.paper.tables import TABLE_1_TOKENS
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, set_selective_scan_backend
 from modeling_fambav.selective_scan import selective_scan
-from paper_tables import TABLE_1_TOKENS
-from provenance import environment, status_bytes
-from tables import markdown_table
 
 _WIDTHS = {"ti": 192, "s": 384}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

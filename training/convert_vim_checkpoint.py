@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from arguments import add_model_flags, config_overrides
+from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.release.saving import atomic_folder
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
-from saving import atomic_folder
 
 _OFFICIAL_NAMES = {
     "fambav.embeddings.cls_token": "cls_token",

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from transformers import pipeline
 
-from data import DIGITS, load_labeled_images
-from tables import markdown_table
+from fambav_training.data.labeled_images import DIGITS, load_labeled_images
+from fambav_training.markdown import markdown_table
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 OUTPUT = Path("outputs/demo")

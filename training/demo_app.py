@@ -14,9 +14,9 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
-from fusion_trial import FusionTrial
-from memory import keep_freed_memory
-from scoring import load_classifier
+from fambav_training.app.trial import FusionTrial
+from fambav_training.evaluation.scoring import load_classifier
+from fambav_training.machine.memory import keep_freed_memory
 
 
 def find_examples(model: str, given: list[Path] | None) -> list[Path]:
@@ -45,7 +45,7 @@ def main() -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     try:
-        from fusion_page import build_page, launch
+        from fambav_training.app.page import build_page, launch
     except ModuleNotFoundError as error:
         sys.exit(f'error: the page needs {error.name}: pip install -e ".[app]"')
     keep_freed_memory()

@@ -25,16 +25,16 @@ from typing import Any
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
-from arguments import add_model_flags, config_overrides
-from data import load_labeled_images
-from forward_speed import measured_speedup
-from fusion_settings import STRATEGIES, set_fusion, with_fusion
-from fusion_sweep import ablation_settings, markdown, sweep, sweep_settings, write_report
-from fusion_targets import fusion_for_speedup, fusion_for_token_share, token_share
-from memory import keep_freed_memory
+from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.data.labeled_images import load_labeled_images
+from fambav_training.evaluation.scoring import Scorer, load_classifier
+from fambav_training.fusion.settings import STRATEGIES, set_fusion, with_fusion
+from fambav_training.fusion.speed import measured_speedup
+from fambav_training.fusion.sweep import ablation_settings, markdown, sweep, sweep_settings, write_report
+from fambav_training.fusion.targets import fusion_for_speedup, fusion_for_token_share, token_share
+from fambav_training.machine.memory import keep_freed_memory
+from fambav_training.machine.provenance import environment
 from modeling_fambav import selective_scan_backend
-from provenance import environment
-from scoring import Scorer, load_classifier
 
 # Of the measurement that is reported; those of the search have less, because there are many
 _MAX_SECONDS_OF_THE_RESULT = 30.0

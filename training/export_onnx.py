@@ -23,9 +23,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_utils import PreTrainedModel
 
-from arguments import add_model_flags, config_overrides
+from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.evaluation.scoring import load_classifier
 from modeling_fambav import set_selective_scan_backend
-from scoring import load_classifier
 
 TOLERANCE = 1e-4  # of a logit, in float32
 _BATCH_SIZES = (1, 2, 5)
@@ -36,7 +36,7 @@ def export_onnx(model: PreTrainedModel, path: Path) -> None:
     """Write a classifier in evaluation mode, as its configuration now fuses, to an ONNX file for any batch size."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    from onnx_scan import recurrence
+    from fambav_training.export.onnx_scan import recurrence
 
     config = model.config
     pixel_values = torch.zeros(2, config.num_channels, *config.image_height_width)

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from metrics_log import FILE as METRICS_FILE
-from metrics_log import read_log
-from saving import RESULTS_FILE
+from fambav_training.release.saving import RESULTS_FILE
+from fambav_training.run.log import FILE as METRICS_FILE
+from fambav_training.run.log import read_log
 
 TRAINING = Path(__file__).parent
 _RUNS = ("upper", "none")

@@ -22,9 +22,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from checkpointing import FOLDER as CHECKPOINTS
-from model_card import LOCATION
-from saving import RESULTS_FILE
+from fambav_training.release.model_card import LOCATION
+from fambav_training.release.saving import RESULTS_FILE
+from fambav_training.run.checkpointing import FOLDER as CHECKPOINTS
 
 _CARD = "README.md"
 _REQUIRED = (RESULTS_FILE, "config.json", "model.safetensors", "preprocessor_config.json", _CARD)

@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paper_tables import SCALES, TABLES, WIDTH_FACTORS, Cell, table_cells
-from table_report import duration, make_report, write_report
-from table_runs import Run, launch, log_tail, table_runs
+from fambav_training.paper.report import duration, make_report, write_report
+from fambav_training.paper.runs import Run, launch, log_tail, table_runs
+from fambav_training.paper.tables import SCALES, TABLES, WIDTH_FACTORS, Cell, table_cells
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fambav_training.markdown import markdown_table
+from fambav_training.run.optimization import create_optimizer
 from modeling_fambav import FambaVBackbone, FambaVConfig
-from optimization import create_optimizer
-from tables import markdown_table
 
 CLASSES = ("background", "circle", "square", "triangle")
 

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from crops import draw_crops, mean_color, take_crops
-from data import load_labeled_images
-from distillation import Teacher, load_teacher
-from pixels import CachedImages, normalize
-from teacher_views import Manifest, begin, digest_pixels, write_file
+from fambav_training.data.crops import draw_crops, mean_color, take_crops
+from fambav_training.data.labeled_images import load_labeled_images
+from fambav_training.data.pixels import CachedImages, normalize
+from fambav_training.run.distillation import Teacher, load_teacher
+from fambav_training.teacher.views import Manifest, begin, digest_pixels, write_file
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

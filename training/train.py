@@ -23,24 +23,24 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from arguments import parse_arguments
-from checkpointing import find_checkpoint
-from data import LabeledImages, load_labeled_images
-from distillation import Teacher, load_teacher
-from interruption import Interrupted, Interruption
-from memory import keep_freed_memory
-from metrics_log import read_log
-from model_card import PLOT_FILE
+from fambav_training.cli import parse_arguments
+from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
+from fambav_training.data.pixels import CachedImages, DecodedImages, StreamedImages
+from fambav_training.data.stream_loader import StreamLoader
+from fambav_training.machine.memory import keep_freed_memory
+from fambav_training.machine.provenance import environment
+from fambav_training.release.model_card import PLOT_FILE
+from fambav_training.release.run_plot import plot_run
+from fambav_training.release.saving import check_output_folder, release_files, save_release
+from fambav_training.run.arguments import TrainingArguments, binding_arguments
+from fambav_training.run.checkpointing import find_checkpoint
+from fambav_training.run.distillation import Teacher, load_teacher
+from fambav_training.run.interruption import Interrupted, Interruption
+from fambav_training.run.log import read_log
+from fambav_training.run.trainer import Trainer
+from fambav_training.teacher.views import ImagesWithRows, TeacherViews
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
-from pixels import CachedImages, DecodedImages, StreamedImages
-from provenance import environment
 from publish import LOGS, prepare_repository, publish_folder
-from run_plot import plot_run
-from saving import check_output_folder, release_files, save_release
-from streaming import StreamLoader
-from teacher_views import ImagesWithRows, TeacherViews
-from trainer import Trainer
-from training_arguments import TrainingArguments, binding_arguments
 
 # The average of the weights is a copy of the model, and the release is saved by one process.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
-from arguments import add_model_flags, config_overrides
-from fusion_drawing import draw_tokens, magnify, patch_tokens
-from fusion_figures import heat_map_figure, tile_figure
+from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.data.pixels import normalize, to_pixels
+from fambav_training.evaluation.scoring import load_classifier
+from fambav_training.pictures.drawing import draw_tokens, magnify, patch_tokens
+from fambav_training.pictures.figures import heat_map_figure, tile_figure
 from modeling_fambav import FambaVConfig
-from pixels import normalize, to_pixels
-from scoring import load_classifier
 
 _TILE_SIDE = 256  # pixels, about
 _SMALLEST_PATCH = 8  # pixels, so that lines of two leave something to see

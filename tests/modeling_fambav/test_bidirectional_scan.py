@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 import modeling_fambav.selective_scan as scan_module
-from helpers import gradient_of, random_tensor, scan_inputs, tolerance
 from modeling_fambav import set_selective_scan_backend
 from modeling_fambav.bidirectional_scan import bidirectional_scan, bidirectional_scan_in_parts
+from support.helpers import gradient_of, random_tensor, scan_inputs, tolerance
 
 GPU = pytest.mark.gpu
 # (batch, tokens, channels, state, rank, taps)

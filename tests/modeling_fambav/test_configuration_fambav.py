@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from helpers import tiny_config
 from modeling_fambav import FambaVConfig
+from support.helpers import tiny_config
 
 INVALID = (ValueError, StrictDataclassError)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import random_tensor, tiny_config
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from support.helpers import random_tensor, tiny_config
 
 STEM = {"stem_channels": [8, 12]}
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from child_process import run_python
-from helpers import random_tensor, tiny_config
 from modeling_fambav import FambaVBackbone, FambaVForImageClassification
+from support.child_process import run_python
+from support.helpers import random_tensor, tiny_config
 
 
 @pytest.mark.parametrize("strategy", ["none", "upper"])

@@ -21,9 +21,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from helpers import random_tensor, read_fixture, slow_match, slow_merge, tiny_config, tolerance
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel, unmerge
 from modeling_fambav.modeling_fambav import FambaVDropPath
+from support.helpers import random_tensor, read_fixture, slow_match, slow_merge, tiny_config, tolerance
 
 CLASS_POSITIONS = ("head", "middle")
 ORDERS = ("raster", "appended")

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.modeling_outputs import BackboneOutput
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from child_process import REPOSITORY, run_python
-from helpers import random_tensor, tiny_config
-from hub_server import Commit, HubServer, Repository
 from modeling_fambav import FambaVBackbone, FambaVConfig, FambaVForImageClassification, FambaVModel
+from support.child_process import REPOSITORY, run_python
+from support.helpers import random_tensor, tiny_config
+from support.hub_server import Commit, HubServer, Repository
 
 CLASS_POSITIONS = ("head", "middle")
 ORDERS = ("raster", "appended")
@@ -293,7 +293,7 @@ def expected_maps(folder: Path) -> tuple[Tensor, ...]:
 
 def load_elsewhere(name: str | Path, saved: Path, place: Path, **environment: str) -> dict[str, Tensor]:
     """The maps that a process without this package computes."""
-    script = REPOSITORY / "tests" / "load_remote_backbone.py"
+    script = REPOSITORY / "tests" / "support" / "load_remote_backbone.py"
     inputs = saved.parent / "inputs.safetensors"
     process = run_python("-I", script, name, inputs, place, cwd=place, HF_HOME=str(place / "hf_home"), **environment)
     assert process.returncode == 0, process.stderr

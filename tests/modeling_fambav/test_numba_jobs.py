@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("numba")
 
-from child_process import REPOSITORY, run_python
 from modeling_fambav import numba_jobs, selective_scan_numba
 from modeling_fambav.numba_jobs import kernel, launch, next_task, open_job, rows_of_any, sizes
 from modeling_fambav.numba_vectors import LANES, load, store
+from support.child_process import REPOSITORY, run_python
 
 
 @kernel
@@ -102,7 +102,7 @@ def test_a_package_in_a_zip_file(tmp_path):
 _TWO_THREADS = """
 import sys
 import torch
-from helpers import random_tensor, scan_inputs
+from support.helpers import random_tensor, scan_inputs
 from modeling_fambav.causal_conv1d_numba import conv_backward, conv_forward
 from modeling_fambav.selective_scan_numba import scan_backward, scan_forward
 

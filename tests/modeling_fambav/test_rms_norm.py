@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import modeling_fambav.selective_scan as scan_module
-from helpers import gradient_of, random_tensor
 from modeling_fambav import set_selective_scan_backend
 from modeling_fambav.rms_norm import rms_norm
+from support.helpers import gradient_of, random_tensor
 
 
 @pytest.fixture(autouse=True)

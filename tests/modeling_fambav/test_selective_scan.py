@@ -17,7 +17,9 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 import modeling_fambav.selective_scan as scan_module
-from helpers import (
+from modeling_fambav import selective_scan_backend, set_selective_scan_backend
+from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+from support.helpers import (
     gradient_of,
     random_tensor,
     read_fixture,
@@ -26,8 +28,6 @@ from helpers import (
     scan_with_gradients,
     tolerance,
 )
-from modeling_fambav import selective_scan_backend, set_selective_scan_backend
-from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
 
 
 @pytest.fixture(autouse=True)

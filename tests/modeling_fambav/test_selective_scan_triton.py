@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import modeling_fambav.selective_scan as scan_module
-from helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
 from modeling_fambav import set_selective_scan_backend
 from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
 
 pytest.importorskip("triton")
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import modeling_fambav.selective_scan as scan_module
-from helpers import random_tensor, read_fixture, slow_match, slow_merge
 from modeling_fambav.token_fusion import Matching, match_tokens, unmerge
+from support.helpers import random_tensor, read_fixture, slow_match, slow_merge
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
 ORDERS = ("raster", "appended")

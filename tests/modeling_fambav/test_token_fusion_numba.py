@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import modeling_fambav.selective_scan as scan_module
-from helpers import random_tensor
 from modeling_fambav import match_tokens, set_selective_scan_backend
+from support.helpers import random_tensor
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from transformers.testing_utils import torch_device
 
 from modeling_fambav import FambaVBackbone, FambaVConfig, FambaVForImageClassification, FambaVModel
 from modeling_fambav.modeling_fambav import FambaVPatchEmbeddings
-from transformers_common_tests import NotAvailableError, prepare_common_tests
+from support.transformers_common_tests import NotAvailableError, prepare_common_tests
 
 try:
     prepare_common_tests()

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from helpers import noise
+from support.helpers import noise
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from child_process import REPOSITORY, run_python
 from convert_vim_checkpoint import CheckpointError, convert, main
-from helpers import read_fixture
+from support.child_process import REPOSITORY, run_python
+from support.helpers import read_fixture
 
 GOLDEN_NAMES = ["vim_micro", "fambav_micro_none", "fambav_micro_upper"]
 FORMATS = [".safetensors", ".pth"]

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 import pytest
 
 import demo_app
-import fusion_trial
-from child_process import REPOSITORY
-from fusion_trial import FusionTrial
-from helpers import noise, save_classifier
-from scoring import load_classifier
+from fambav_training.app import trial as fusion_trial
+from fambav_training.app.trial import FusionTrial
+from fambav_training.evaluation.scoring import load_classifier
+from support.child_process import REPOSITORY
+from support.helpers import noise, save_classifier
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_SECONDS = 60
@@ -41,7 +41,7 @@ def gradio():
 
 @pytest.fixture
 def fusion_page(gradio, monkeypatch):
-    import fusion_page
+    from fambav_training.app import page as fusion_page
 
     monkeypatch.setattr(fusion_trial, "_TIMED_SECONDS", 0)
     return fusion_page
@@ -150,7 +150,7 @@ def test_errors_are_one_line(gradio, model_folder, monkeypatch, tmp_path, words,
 
 def test_without_gradio_it_says_how_to_install_it(model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "fusion_page", raising=False)
+    monkeypatch.delitem(sys.modules, "fambav_training.app.page", raising=False)
     monkeypatch.setattr(sys, "argv", ["demo_app.py", str(model_folder)])
     with pytest.raises(SystemExit) as end:
         demo_app.main()

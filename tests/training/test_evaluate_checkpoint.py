@@ -13,12 +13,12 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import evaluate_checkpoint
-import scoring
-from data import load_labeled_images
-from forward_speed import Speedup
-from fusion_settings import UNFUSED, fused
-from helpers import tiny_config
+from fambav_training.data.labeled_images import load_labeled_images
+from fambav_training.evaluation import scoring
+from fambav_training.fusion.settings import UNFUSED, fused
+from fambav_training.fusion.speed import Speedup
 from modeling_fambav import FambaVForImageClassification
+from support.helpers import tiny_config
 
 COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 

@@ -11,8 +11,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import export_onnx
-from helpers import random_tensor, tiny_config
 from modeling_fambav import FambaVForImageClassification, selective_scan_backend
+from support.helpers import random_tensor, tiny_config
 
 
 def small_classifier(**fields) -> FambaVForImageClassification:

@@ -14,10 +14,10 @@ import torch
 
 import measure_on_gpu
 import reproduce
-from arguments import parse_arguments
-from child_process import REPOSITORY
+from fambav_training.cli import parse_arguments
+from fambav_training.run.arguments import TrainingArguments
 from measure_on_gpu import Stage
-from training_arguments import TrainingArguments
+from support.child_process import REPOSITORY
 
 _COUNT = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(str(int(path.read_text()) + 1))"
 _SLEEP = """

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import publish
-from child_process import REPOSITORY, run_python
-from helpers import tiny_config
-from hub_server import CUT, HANG, LOSE, Commit, Fault, HubServer, Repository, User
-from model_card import LOCATION
+from fambav_training.release.model_card import LOCATION
+from fambav_training.release.saving import save_release
 from modeling_fambav import FambaVForImageClassification
 from publish import PublishError, prepare_repository, publish_folder
-from saving import save_release
-from training_runs import FLAGS, command_line
+from support.child_process import REPOSITORY, run_python
+from support.helpers import tiny_config
+from support.hub_server import CUT, HANG, LOSE, Commit, Fault, HubServer, Repository, User
+from support.training_runs import FLAGS, command_line
 
 TOKEN = "hf_verysecrettoken"
 READ_TOKEN = "hf_thisonemayonlyread"
@@ -151,7 +151,7 @@ def test_published_model_loads_where_this_package_is_not_installed(hub, release,
     assert TOKEN not in process.stderr
     assert hub.repositories["ann/tiny"].is_private
 
-    script = REPOSITORY / "tests" / "load_remote_code.py"
+    script = REPOSITORY / "tests" / "support" / "load_remote_code.py"
     process = run_python("-I", script, "ann/tiny", tmp_path, "modeling_fambav", cwd=tmp_path, **environment)
     assert process.returncode == 0, process.stderr
     report = json.loads((tmp_path / "report.json").read_text())

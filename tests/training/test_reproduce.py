@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-import paper_tables
 import reproduce
-import table_report
-import table_runs
-from arguments import parse_arguments
-from child_process import REPOSITORY, run_python
+from fambav_training.cli import parse_arguments
+from fambav_training.paper import report as table_report
+from fambav_training.paper import runs as table_runs
+from fambav_training.paper import tables as paper_tables
+from fambav_training.paper.runs import Run
+from fambav_training.paper.tables import table_cells
+from fambav_training.run.arguments import TrainingArguments
 from modeling_fambav import FambaVConfig
-from paper_tables import table_cells
-from table_runs import Run
-from training_arguments import TrainingArguments
+from support.child_process import REPOSITORY, run_python
 
 # Stands in for train.py: prints, and leaves results if it is given any
 _WRITE_RESULTS = """

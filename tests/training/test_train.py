@@ -15,11 +15,18 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import train
-from arguments import parse_arguments
-from child_process import REPOSITORY, run_python
-from data import load_labeled_images
-from metrics import evaluate
-from training_runs import FLAGS, command_line, own_process_state, read_results, run_in_two_processes, train_here
+from fambav_training.cli import parse_arguments
+from fambav_training.data.labeled_images import load_labeled_images
+from fambav_training.evaluation.metrics import evaluate
+from support.child_process import REPOSITORY, run_python
+from support.training_runs import (
+    FLAGS,
+    command_line,
+    own_process_state,
+    read_results,
+    run_in_two_processes,
+    train_here,
+)
 
 NUM_STEPS = FLAGS["max_train_steps"]
 # For runs that start from a checkpoint.
@@ -257,7 +264,9 @@ def old_run(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("failing", ["trainer.evaluate", "saving.create_card"])  # before saving, and amid it
+@pytest.mark.parametrize(  # before saving, and amid it
+    "failing", ["fambav_training.run.trainer.evaluate", "fambav_training.release.saving.create_card"]
+)
 def test_failing_run_leaves_the_old_folder_alone(old_run, monkeypatch, failing):
     def fail(*_):
         raise RuntimeError("out of luck")

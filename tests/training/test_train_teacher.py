@@ -11,9 +11,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import train_teacher
-from data import load_labeled_images
-from distillation import load_teacher
-from helpers import noise, random_tensor
+from fambav_training.data.labeled_images import load_labeled_images
+from fambav_training.run.distillation import load_teacher
+from support.helpers import noise, random_tensor
 from train_teacher import create_teacher, parse
 
 NAMES = [str(index) for index in range(10)]

@@ -9,9 +9,16 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 import visualize_fusion
-from fusion_drawing import LINE_COLOR, average_colors, borders, draw_tokens, patch_tokens, spread_over_pixels
-from fusion_figures import columns_for, heat_map_figure, tile_figure
-from helpers import noise, save_classifier
+from fambav_training.pictures.drawing import (
+    LINE_COLOR,
+    average_colors,
+    borders,
+    draw_tokens,
+    patch_tokens,
+    spread_over_pixels,
+)
+from fambav_training.pictures.figures import columns_for, heat_map_figure, tile_figure
+from support.helpers import noise, save_classifier
 
 # Two rows of three patches: a token in two places, one of two patches that touch, two of a patch each
 TOKENS = np.array([[4, 7, 7], [2, 0, 4]])

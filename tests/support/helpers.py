@@ -1,0 +1,167 @@
+"""What test files share: configurations, golden numbers, tolerances, images, slow fusion, inputs of the scan."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from modeling_fambav.selective_scan import selective_scan
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+# (rtol, atol) of an operation in a dtype against its float64 reference.
+TOLERANCES = {
+    ("scan", "float32"): (6e-4, 2e-3),
+    ("scan", "bfloat16"): (3e-2, 5e-2),
+    ("conv", "float32"): (3e-4, 1e-3),
+    ("conv", "bfloat16"): (1e-2, 5e-2),
+}
+
+
+def tolerance(operation: str, dtype: torch.dtype) -> dict[str, float]:
+    """Keyword arguments of `torch.testing.assert_close`."""
+    rtol, atol = TOLERANCES[operation, str(dtype).removeprefix("torch.")]
+    return {"rtol": rtol, "atol": atol}
+
+
+def tiny_config(**fields) -> FambaVConfig:
+    """16 patches and a class token, three layers, two tokens removed by the last two of them."""
+    return FambaVConfig(
+        **{
+            "image_size": 16,
+            "patch_size": 4,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "state_size": 4,
+            "fusion_tokens": 2,
+            **fields,
+        }
+    )
+
+
+def save_classifier(folder: Path, **fields) -> Path:
+    """A random `tiny_config` classifier with its processor; returns the folder."""
+    torch.manual_seed(0)
+    model = FambaVForImageClassification(tiny_config(**fields))
+    model.save_pretrained(folder)
+    height, width = model.config.image_height_width
+    ViTImageProcessorPil(size={"height": height, "width": width}).save_pretrained(folder)
+    return folder
+
+
+def read_fixture(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of golden numbers, made with the official code."""
+    with safe_open(FIXTURES / f"{name}.safetensors", framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# ---- images ----
+
+
+def noise(mode: str = "RGB", width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:
+    """A random image of any mode."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+# ---- token fusion of one image with Python numbers, from the equations of the paper ----
+
+
+def slow_similarity(a: list[float], b: list[float], similarity: str) -> float:
+    dot = sum(x * y for x, y in zip(a, b))
+    if similarity == "dot":
+        return dot
+    if similarity == "cosine":
+        return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return -math.dist(a, b)
+
+
+def slow_match(
+    metric: list[list[float]], r: int, class_index: int, similarity: str, order: str
+) -> tuple[list[int], list[int]]:
+    """The survivors in their new order, and for every token the place of the token that now carries it."""
+    num_tokens = len(metric)
+    evens = [i for i in range(0, num_tokens, 2) if i != class_index]
+    odds = [j for j in range(1, num_tokens, 2) if j != class_index]
+    partner, best = {}, {}
+    for i in evens:
+        for j in odds:
+            score = slow_similarity(metric[i], metric[j], similarity)
+            if i not in best or score > best[i]:
+                best[i], partner[i] = score, j
+    if num_tokens == 3:  # a single pair of patches, which may both have an even index: the first joins the second
+        first, second = (i for i in range(3) if i != class_index)
+        partner, best = {first: second}, {first: 0.0}
+    fused = sorted(best, key=best.get, reverse=True)[:r]
+
+    survivors = [i for i in range(num_tokens) if i not in fused]
+    if order == "appended":
+        survivors = [class_index] + [i for i in evens + odds if i not in fused]
+    return survivors, [survivors.index(partner[i] if i in fused else i) for i in range(num_tokens)]
+
+
+def slow_merge(values: list[list[float]], new_index: list[int], weights: list[float]) -> list[list[float]]:
+    merged = []
+    for place in range(max(new_index) + 1):
+        landed = [i for i, index in enumerate(new_index) if index == place]
+        total = sum(weights[i] for i in landed)
+        merged.append([sum(weights[i] * values[i][d] for i in landed) / total for d in range(len(values[0]))])
+    return merged
+
+
+# ---- the selective scan ----
+
+
+def scan_inputs(
+    num_directions: int, batch_size: int, num_tokens: int, channels: int, state_size: int, dtype=torch.float32
+) -> dict[str, Tensor]:
+    """Arguments of `selective_scan`, time steps and decays as a Mamba layer starts with; parameters in float32."""
+    per_token = (num_directions, batch_size, num_tokens)
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    spread = 1 + 0.1 * random_tensor(num_directions, channels, state_size, seed=3).abs()
+    return {
+        "x": random_tensor(*per_token, channels, seed=1, dtype=dtype),
+        "dt": random_tensor(*per_token, channels, seed=2, dtype=dtype),
+        "A": -(spread * torch.arange(1, state_size + 1)).to(parameter_dtype),
+        "B": random_tensor(*per_token, state_size, seed=4, dtype=dtype),
+        "C": random_tensor(*per_token, state_size, seed=5, dtype=dtype),
+        "D": random_tensor(num_directions, channels, seed=6, dtype=parameter_dtype),
+        "z": random_tensor(batch_size, num_tokens, channels, seed=7, dtype=dtype),
+        "dt_bias": random_tensor(num_directions, channels, seed=8, dtype=parameter_dtype) - 3,
+        "dt_scale": 1 + random_tensor(batch_size, num_tokens, seed=9).abs().floor(),
+    }
+
+
+def gradient_of(out: Tensor) -> Tensor:
+    """A fixed gradient, the same numbers in every dtype."""
+    return random_tensor(*out.shape, seed=0, dtype=torch.bfloat16).to(out.dtype)
+
+
+def scan_with_gradients(function, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The output, and the gradient of every input that has one, for a fixed gradient of the output."""
+    leaves = {
+        name: tensor.detach().requires_grad_() if tensor is not None and name != "dt_scale" else tensor
+        for name, tensor in inputs.items()
+    }
+    out = function(**leaves)
+    out.backward(gradient_of(out))
+    gradients = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    return {"out": out.detach(), **gradients}
+
+
+def scan_in_child(connection, shape: tuple[int, ...], num_threads: int) -> None:
+    """Body of a child process: send the results of a scan, as arrays, through a pipe."""
+    torch.set_num_threads(num_threads)
+    results = scan_with_gradients(selective_scan, scan_inputs(*shape))
+    connection.send({name: tensor.numpy() for name, tensor in results.items()})

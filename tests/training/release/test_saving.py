@@ -1,0 +1,273 @@
+"""Folders that appear whole or not at all, and model cards that say what was measured."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from fambav_training.cli import parse_arguments
+from fambav_training.release.model_card import create_card
+from fambav_training.release.saving import atomic_folder, save_release
+from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from support.helpers import tiny_config
+from train import TrainingArguments
+
+# ---- atomic_folder ----
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones included, and what it holds."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def old_folder(tmp_path) -> Path:
+    folder = tmp_path / "parent" / "run"
+    folder.mkdir(parents=True)
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "deep" / "er" / "run"
+    with atomic_folder(path) as folder:
+        assert not path.exists()
+        (folder / "sub").mkdir()
+        (folder / "sub" / "new.txt").write_text("new")
+        assert folder.parent == path.parent  # on one disk, so that moving it is one step
+    assert content(tmp_path) == {"deep/er/run/sub/new.txt": "new"}
+    assert path.stat().st_mode & 0o777 == 0o755  # a temporary folder is closed to others, a release is not
+
+
+def test_folder_replaces_the_old_one_as_a_whole(old_folder):
+    with atomic_folder(old_folder) as folder:
+        (folder / "new.txt").write_text("new")
+        assert content(old_folder) == {"old.txt": "old"}
+    assert content(old_folder.parent) == {"run/new.txt": "new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failing_block_leaves_nothing(tmp_path, error):
+    with pytest.raises(error):
+        with atomic_folder(tmp_path / "run") as folder:
+            (folder / "new.txt").write_text("new")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_block_keeps_the_old_folder(old_folder):
+    with pytest.raises(ValueError):
+        with atomic_folder(old_folder) as folder:
+            (folder / "new.txt").write_text("new")
+            raise ValueError
+    assert content(old_folder.parent) == {"run/old.txt": "old"}
+
+
+def test_failing_move_keeps_the_old_folder(old_folder, monkeypatch):
+    replace = os.replace
+
+    def refuse_new_folder(source, target):
+        if (Path(source) / "new.txt").exists():
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_new_folder)
+    with pytest.raises(OSError, match="no space left"):
+        with atomic_folder(old_folder) as folder:
+            (folder / "new.txt").write_text("new")
+    assert content(old_folder.parent) == {"run/old.txt": "old"}
+
+
+def test_link_to_a_folder_stays_a_link(old_folder, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(old_folder, target_is_directory=True)
+    with atomic_folder(link) as folder:
+        (folder / "new.txt").write_text("new")
+    assert link.is_symlink()
+    assert content(old_folder.parent) == {"run/new.txt": "new"}
+
+
+# ---- the model card ----
+
+ARGUMENTS = {
+    "dataset_name": "digits",
+    "validation_split": None,
+    "output_dir": "outputs/some run",
+    "max_train_steps": 440,
+    "learning_rate": 0.002,
+    "cpu": True,
+    "seed": 17,
+    "image_size": (16, 16),
+    "fusion_strategy": "upper",
+    "fusion_tokens": 2,
+}
+
+
+def make_results(config: FambaVConfig, **changes: Any) -> dict[str, Any]:
+    """What `all_results.json` holds, with numbers that can be told apart."""
+    return {
+        "top1": 81.23456,
+        "top5": 98.76543,
+        "ema_top1": 82.34567,
+        "ema_top5": 97.65432,
+        "train_loss": 0.5,
+        "train_seconds": 57.61,
+        "images_per_second": 488.4,
+        "peak_memory_bytes": 839 * 2**20,
+        "start_memory_bytes": 600 * 2**20,
+        "sequence_lengths": config.sequence_lengths,
+        "num_parameters": 215_818,
+        "steps": 440,
+        "epochs": 20,
+        "seed": 17,
+        "scan_backend": "numba",
+        "dataset": "digits",
+        "train_images": 1437,
+        "validation_images": 360,
+        "arguments": ARGUMENTS,
+        "device": "cpu: Some Processor, 2 cores",
+        "num_processes": 3,
+        "num_threads": 2,
+        "mixed_precision": "bf16",
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},
+        "git_commit": "0123456789abcdef-dirty",
+        **changes,
+    }
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecrettoken")
+    config = tiny_config()
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    (tmp_path / "release").mkdir()
+    save_release(tmp_path / "release", FambaVForImageClassification(config), processor, make_results(config))
+    return tmp_path / "release"
+
+
+def read_card(release: Path) -> str:
+    return (release / "README.md").read_text()
+
+
+def test_front_matter_is_what_the_hub_reads(release):
+    card = ModelCard.load(release / "README.md")
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "apache-2.0",
+        "transformers",
+        "image-classification",
+    )
+    assert data.model_name == "fambav-digits-upper"
+    measured = {result.metric_name: (result.metric_type, result.metric_value) for result in data.eval_results}
+    assert measured == {"accuracy": ("accuracy", 81.23), "top-5 accuracy": ("accuracy", 98.77)}
+    for result in data.eval_results:
+        assert (result.task_type, result.dataset_name) == ("image-classification", "digits")
+
+    front_matter = yaml.safe_load(card.content.split("---")[1])
+    assert front_matter["model-index"][0]["name"] == "fambav-digits-upper"
+    assert [metric["value"] for metric in front_matter["model-index"][0]["results"][0]["metrics"]] == [81.23, 98.77]
+
+
+def test_card_says_what_was_measured_and_how(release):
+    text = " ".join(read_card(release).split())  # wherever lines are broken
+    expected = [
+        "81.23",
+        "98.77",
+        "82.35",
+        "97.65",
+        "215,818 parameters",
+        "3 layers of width 32",
+        "16 patches",
+        "4 x 4 pixels",
+        "17, 15, 13",
+        "`upper`, 4 of 16 patch tokens",
+        "cosine similarity",
+        "mean reduction",
+        "raster order",
+        "360 validation images",
+        "1,437 images",
+        "440 steps",
+        "20 epochs",
+        "seed 17",
+        "57.6 s",
+        "488 images/s",
+        "839 MiB",
+        "cpu: Some Processor, 2 cores",
+        "3 process(es)",
+        "bf16",
+        "scan backend numba",
+        "0123456789abcdef-dirty",
+        "python 3.11.7",
+        "torch 2.13.0",
+        "transformers 5.23.0",
+    ]
+    assert [phrase for phrase in expected if phrase not in text] == []
+
+
+def test_card_has_no_hole(release):
+    assert not re.search(r"\{\{|\}\}|None|nan|Undefined", read_card(release))
+
+
+def test_command_of_the_card_repeats_the_run(release):
+    command = re.search(r"```bash\n(accelerate launch training/train\.py .*?)\n```", read_card(release), re.DOTALL)[1]
+    args, overrides = parse_arguments(TrainingArguments, "", shlex.split(command.replace("\\\n", " "))[3:])
+    expected = {name: value for name, value in ARGUMENTS.items() if value is not None}
+    given = {**vars(args), **overrides, "output_dir": str(args.output_dir)}
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fusion_strategy": "all"},
+        {"fusion_tokens": 1},
+        {"fusion_metric": "dot"},
+        {"fusion_reduction": "size_weighted"},
+        {"fusion_order": "appended"},
+        {"fusion_scale_time_step": True},
+    ],
+    ids=str,
+)
+def test_card_tells_every_fusion_setting_apart(changed):
+    def fusion_section(config: FambaVConfig) -> str:
+        text = create_card(config, make_results(config)).text
+        return re.search(r"## Token fusion\n(.*?)\n## ", text, re.DOTALL)[1]
+
+    assert fusion_section(tiny_config(**changed)) != fusion_section(tiny_config())
+
+
+def test_card_of_a_model_without_fusion():
+    config = tiny_config(fusion_strategy="none")
+    text = create_card(config, make_results(config)).text
+    assert re.search(r"## Token fusion\n\noff\.", text)
+    assert "17, 17, 17" in text
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_card_names_the_split_that_was_scored(split):
+    config = tiny_config()
+    results = make_results(config, arguments={**ARGUMENTS, "validation_split": split})
+    assert {result.dataset_split for result in create_card(config, results).data.eval_results} == {split}
+
+
+def test_card_names_a_dataset_of_the_hub_and_no_local_path(tmp_path):
+    config = tiny_config()
+    card = create_card(config, make_results(config, dataset="uoft-cs/cifar100"))
+    assert card.data.datasets == ["uoft-cs/cifar100"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"uoft-cs/cifar100"}
+
+    (tmp_path / "pets").mkdir()
+    card = create_card(config, make_results(config, dataset=str(tmp_path / "pets")))
+    assert card.data.datasets is None
+    assert {result.dataset_type for result in card.data.eval_results} == {"pets"}
+
+
+def test_no_token_appears_in_a_release(release):
+    for path in release.iterdir():
+        assert b"hf_verysecrettoken" not in path.read_bytes(), path.name

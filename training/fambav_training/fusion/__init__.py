@@ -1,0 +1,1 @@
+"""Which fusion to use: settings, budgets, targets, sweeps and what each costs in time."""

@@ -1,0 +1,181 @@
+"""Accuracy and speed of one trained model under many fusions: which to measure, the rows, and the report."""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fambav_training.fusion.settings import STRATEGIES, UNFUSED, fused, with_fusion
+from fambav_training.fusion.targets import most_tokens
+from fambav_training.markdown import markdown_table
+from modeling_fambav import FambaVConfig
+
+# What the paper's budgets remove: 168 or 171 of 197 tokens
+_LARGEST_SHARE = 0.85
+_NUMBERS = 4
+# How tokens are matched, averaged, ordered and scanned: fields of which each value suits any strategy
+_VARIED = {
+    "fusion_metric": ("cosine", "dot", "euclidean"),
+    "fusion_reduction": ("mean", "size_weighted"),
+    "fusion_order": ("raster", "appended"),
+    "fusion_scale_time_step": (False, True),
+}
+# A token that weighs what it stands for, in the average and in the scan
+_SIZE_AWARE = {"fusion_reduction": "size_weighted", "fusion_scale_time_step": True}
+
+
+def default_tokens(config: FambaVConfig, strategy: str) -> list[int]:
+    """A few numbers of tokens per layer, evenly spaced up to the one that removes nearest to 85 % of the tokens."""
+
+    def distance(tokens: int) -> float:
+        removed = with_fusion(config, {"fusion_strategy": strategy, "fusion_tokens": tokens}).tokens_removed
+        return abs(sum(removed) - _LARGEST_SHARE * (config.num_patches + 1))
+
+    largest = min(range(1, most_tokens(config) + 1), key=distance)
+    return sorted({max(1, round(largest * place / _NUMBERS)) for place in range(1, _NUMBERS + 1)})
+
+
+def sweep_settings(
+    config: FambaVConfig, strategies: Sequence[str], tokens: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Fusion fields to measure: none, and then every strategy with every number of tokens.
+
+    Args:
+        config: configuration of the model; stays as it is.
+        strategies: of `settings.STRATEGIES`; one that is named twice counts once.
+        tokens: tokens removed per fused layer; `default_tokens` of each strategy if None.
+
+    Raises:
+        ValueError, StrictDataclassError: if the model cannot have one of them, before anything is measured.
+    """
+    settings = [UNFUSED]
+    for strategy in dict.fromkeys(strategies):
+        numbers = default_tokens(config, strategy) if tokens is None else sorted(set(tokens))
+        settings += [{"fusion_strategy": strategy, "fusion_tokens": number} for number in numbers]
+    for fusion in settings:
+        with_fusion(config, fusion)
+    return settings
+
+
+def ablation_settings(config: FambaVConfig) -> list[dict[str, Any]]:
+    """Fusion fields to measure: none, those of the model, and these with one field changed at a time.
+
+    Weighing tokens by their size in the average and in the scan belong together and are also changed together.
+
+    Raises:
+        ValueError: if the model does not fuse.
+    """
+    if config.fusion_strategy == "none":
+        raise ValueError("--ablate: expected a fusion to vary, give --fusion_strategy and --fusion_tokens")
+    changes = [{name: value} for name, values in _VARIED.items() for value in values if value != getattr(config, name)]
+    if all(change in changes for change in ({name: value} for name, value in _SIZE_AWARE.items())):
+        changes.append(_SIZE_AWARE)
+    return [UNFUSED, {}, *changes]
+
+
+def sweep(
+    config: FambaVConfig, settings: list[dict[str, Any]], measure: Callable[[], dict[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """Measure one setting after another.
+
+    Args:
+        config: configuration of the model that is measured; after every row it is what it was.
+        settings: fusion fields, see `sweep_settings` and `ablation_settings`.
+        measure: top1, top5 (percent), images_per_second and speedup of the model as it is configured when called.
+
+    Yields:
+        a row with the fusion fields, what was measured, tokens per layer, their mean, and the tokens left at the end.
+    """
+    for fusion in settings:
+        with fused(config, fusion):
+            lengths = config.sequence_lengths
+            row = {
+                "strategy": config.fusion_strategy,
+                "tokens": config.fusion_tokens if config.fusion_strategy in STRATEGIES else None,
+                "changes": {name: value for name, value in fusion.items() if name in _VARIED},
+                **measure(),
+                "mean_tokens": statistics.mean(lengths),
+                "tokens_left": lengths[-1],
+                "sequence_lengths": lengths,
+            }
+        yield row
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people; of one that is not complete, the rows so far."""
+    rows = report["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    text = [
+        f"## {report['model']}: accuracy and speed by fusion\n",
+        f"{rows[0]['validation_images']} images of {report['arguments']['dataset_name']}; images/s of the forward "
+        f"pass, warm, at batch size {report['batch_size']}; times as fast as without fusion, measured in turn with "
+        f"it. Measured on {report['device']}, scan backend {report['scan_backend']}; {versions}; commit "
+        f"{report['git_commit']}.\n",
+    ]
+    if len(rows) < report["settings"]:
+        text.append(f"**{len(rows)} of {report['settings']} rows are measured.**\n")
+    return "\n".join([*text, markdown_table([_table_row(row) for row in rows]), ""])
+
+
+def _table_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "fusion": ", ".join((row["strategy"], *_changes(row))),
+        "r": "" if row["tokens"] is None else f"{row['tokens']}",
+        "top-1, %": f"{row['top1']:.2f}",
+        "top-5, %": f"{row['top5']:.2f}",
+        "images/s": f"{row['images_per_second']:.0f}",
+        "times as fast": "" if row["strategy"] == "none" else f"{row['speedup']:.2f}",
+        "tokens per layer": f"{row['mean_tokens']:.1f}",
+        "tokens left": f"{row['tokens_left']}",
+    }
+
+
+def _changes(row: dict[str, Any]) -> list[str]:
+    return [f"{name.removeprefix('fusion_')}={value}" for name, value in row["changes"].items()]
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy against speed, a line per strategy that begins without fusion; numbers are tokens per fused layer.
+
+    An ablation has no lines: its points differ in kind, not in number.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def point(row: dict[str, Any]) -> tuple[float, float]:
+        return row["images_per_second"], row["top1"]
+
+    unfused, *rows = report["rows"]
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        line = [row for row in rows if row["strategy"] == strategy]
+        style = "o" if any(row["changes"] for row in line) else "o-"
+        axis.plot(*zip(point(unfused), *map(point, line)), style, markersize=4, label=strategy)
+        for row in line:
+            name = ", ".join(_changes(row)) or f"{row['tokens'] or ''}"
+            axis.annotate(name, point(row), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.plot(*point(unfused), "o", color="tab:gray", label="none", zorder=3)
+    axis.set(xlabel="images/s", ylabel="top-1, %", title=report["model"])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write the report to a JSON file, and for people to .md and .png beside it.
+
+    Each file is replaced as a whole, so that a run may be stopped at any moment and leaves what it measured.
+    """
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    os.replace(new, path)
+    new.write_text(markdown(report))
+    os.replace(new, path.with_suffix(".md"))
+    plot(report, new)
+    os.replace(new, path.with_suffix(".png"))

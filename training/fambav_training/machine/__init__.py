@@ -1,0 +1,1 @@
+"""The machine that a script runs on: its memory, its name and its software."""

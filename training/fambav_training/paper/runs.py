@@ -1,0 +1,160 @@
+"""The training runs behind a table: a process for every cell and seed, which goes on where it was stopped."""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fambav_training.cli import parse_arguments
+from fambav_training.paper.tables import Cell
+from fambav_training.release.saving import RESULTS_FILE
+from fambav_training.run.arguments import OF_DISTILLATION, TrainingArguments, binding_arguments
+
+_LOG_TAIL_LINES = 15
+# Measures of a finished run that a table shows
+REPORTED = (
+    "top1",
+    "top5",
+    "ema_top1",
+    "train_seconds",
+    "processor_seconds",
+    "peak_memory_bytes",
+    "start_memory_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with a seed: one training run.
+
+    Attributes:
+        cell: name of the cell.
+        seed: seed of the run.
+        folder: where train.py leaves what it makes.
+        flags: flags of train.py.
+        twin: folder of the same run in Table 1, if there is one; it is not repeated if it is finished there.
+    """
+
+    cell: str
+    seed: int
+    folder: Path
+    flags: dict[str, Any]
+    twin: Path | None = None
+
+    @property
+    def log(self) -> Path:
+        """Beside the folder: train.py refuses one that holds files of others."""
+        return self.folder.with_name(f"{self.folder.name}.train.log")
+
+    @property
+    def words(self) -> list[str]:
+        """The flags as words of a command line; a list becomes several."""
+        words = []
+        for name, value in self.flags.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+    @property
+    def command(self) -> list[str]:
+        """The run as a process; without accelerate's launcher, which would not wait for a checkpoint that is saved."""
+        return [sys.executable, str(Path(__file__).parents[2] / "train.py"), *self.words]
+
+    @property
+    def source(self) -> Path:
+        """The folder whose results are this run's: its own, or Table 1's if only that one has finished it."""
+        if self.twin is not None and not (self.folder / RESULTS_FILE).exists():
+            try:
+                if self._read(self.twin) is not None:
+                    return self.twin
+            except ValueError:
+                pass  # of Table 1 with other flags, so it is not the same run
+        return self.folder
+
+    def results(self) -> dict[str, Any] | None:
+        """What the finished run reports, or None if it is not finished.
+
+        Raises:
+            ValueError: if it was trained with other flags than this run's, or does not report all that a table has.
+        """
+        return self._read(self.source)
+
+    def _read(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / RESULTS_FILE
+        if not path.exists():
+            return None
+        results = json.loads(path.read_text())
+        if missing := [name for name in REPORTED if name not in results]:
+            raise ValueError(f"{path}: without {missing[0]}, made by an older version; delete that folder")
+        args, overrides = parse_arguments(TrainingArguments, "", self.words)
+        expected = binding_arguments(args, overrides)
+        # Flags that are not binding may differ; fields of the model that only the other run was given may not.
+        arguments = results["arguments"]
+        free = {field.name for field in dataclasses.fields(args)} - expected.keys()
+        if arguments.get("distillation_weight"):
+            free.difference_update(OF_DISTILLATION)
+        found = {name: value for name, value in arguments.items() if name not in free}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"{path}: trained with --{name} {found.get(name)}, expected {expected.get(name)}, that of this "
+                    "call; give another --output_dir, or delete that folder"
+                )
+        return results
+
+
+def table_runs(
+    cells: list[Cell], seeds: Iterable[int], flags: dict[str, Any], folder: Path, table_1: Path
+) -> dict[str, list[Run]]:
+    """The runs of every cell, one per seed, in the table's folder. Cells that another one stands for have none.
+
+    `table_1` is the folder of Table 1 for the same model.
+    """
+    runs = {}
+    for cell in cells:
+        runs[cell.name] = []
+        for seed in seeds if cell.same_as is None else ():
+            run_folder = folder / f"{cell.name}_seed{seed}"
+            ours = {"seed": seed, "output_dir": run_folder, "checkpointing_steps": "epoch"}
+            resume = {"checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
+            run_flags = {**flags, **cell.fusion, **ours, **resume}
+            twin = None if cell.in_table_1 is None else table_1 / f"{cell.in_table_1}_seed{seed}"
+            runs[cell.name].append(Run(cell.name, seed, run_folder, run_flags, twin))
+    return runs
+
+
+def launch(run: Run) -> int:
+    """Run a cell in a process of its own, whose time and memory are its own. Returns the exit code."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with run.log.open("a") as log:
+        log.write(f"$ {shlex.join(run.command)}\n")
+        log.flush()
+        process = subprocess.Popen(
+            run.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Threads that wait without spinning, which costs nothing here and much on a machine that is busy
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            # It saves a checkpoint before it leaves
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def log_tail(run: Run) -> str:
+    """The last lines that a run printed."""
+    # A progress bar goes back to the start of its line instead of beginning a new one.
+    lines = run.log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return "\n".join(lines[-_LOG_TAIL_LINES:])

@@ -1,0 +1,1 @@
+"""Drawing which patches of an image have become one token."""

@@ -1,0 +1,1 @@
+"""What a run leaves: the folder, its model card and its plot."""
