@@ -97,6 +97,18 @@ class Scorer:
         num_images = len(self._tensors)
         return {**scores, "validation_images": num_images, "images_per_second": num_images / seconds}
 
+    @torch.inference_mode()
+    def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most likely class and the label of every image, each `(images,)`, as the model's indices."""
+        predicted, labels = [], []
+        for pixels, batch_labels in self._loader:
+            with self._accelerator.autocast():
+                logits = self._prepared_model(pixel_values=normalize(pixels, self._processor)).logits
+            gathered = self._accelerator.gather_for_metrics((logits.argmax(-1), batch_labels))
+            predicted.append(gathered[0].cpu())
+            labels.append(gathered[1].cpu())
+        return torch.cat(predicted), torch.cat(labels)
+
     def score_and_time(self) -> dict[str, float]:
         """The same, with the speed of the forward pass alone, of the first batch.
 
