@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,13 @@ import train
 from fambav_training.cli import parse_arguments
 from fambav_training.run import checkpointing, trainer
 from fambav_training.run.arguments import TrainingArguments, binding_arguments
-from fambav_training.run.checkpointing import CheckpointError, find_checkpoint, list_checkpoints, read_state
+from fambav_training.run.checkpointing import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    write_state,
+)
 from support.child_process import REPOSITORY
 from support.training_runs import (
     FLAGS,
@@ -355,6 +362,39 @@ def test_damaged_explicit_checkpoint_is_an_error(folder):
     assert str(error.value).endswith(f"step_000009: optimizer.bin has {size // 2} bytes, expected {size} bytes")
 
 
+def damage(path: Path, random: np.random.Generator) -> str:
+    """Flip one bit of a random file, or cut it somewhere; every place of the checkpoint is as likely as any other.
+
+    Returns the name of the file.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = np.array([file.stat().st_size for file in files])
+    # Half of the time any file, however small
+    weights = sizes / sizes.sum() if random.random() < 0.5 else None
+    file = files[random.choice(len(files), p=weights)]
+    content = bytearray(file.read_bytes())
+    place = random.integers(len(content))
+    if random.random() < 0.2:
+        del content[place:]
+    else:
+        content[place] ^= 1 << random.integers(8)
+    file.write_bytes(content)
+    return file.name
+
+
+def test_whatever_was_changed_is_named_and_the_checkpoint_before_it_is_used(folder):
+    random, kept = np.random.default_rng(0), folder / "kept"
+    newest = checkpoint(folder, 9)
+    shutil.copytree(newest, kept)
+    for _ in range(1000):
+        name = damage(newest, random)
+        with pytest.raises(CheckpointError, match=rf"step_000009: {re.escape(name)} |step_000009: format"):
+            find(newest, folder)
+        assert find("latest", folder) == checkpoint(folder, 8)
+        shutil.copy(next(kept.rglob(name)), next(newest.rglob(name)))
+    assert find("latest", folder) == newest
+
+
 def test_missing_file_is_an_error(folder):
     file = checkpoint(folder, 9) / WEIGHTS
     size = file.stat().st_size
@@ -386,13 +426,15 @@ def test_unreadable_state_is_an_error(folder, content):
 
 
 def edit_state(path: Path, **changes: Any) -> None:
-    file = path / "trainer_state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    """Other state, with the digests that belong to it and to the files as they are now."""
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["sha256"]
+    write_state(path, {**state, **changes})
 
 
 def test_checkpoint_of_another_format_is_an_error(folder):
-    edit_state(checkpoint(folder, 9), format=2)
-    with pytest.raises(CheckpointError, match="step_000009: format 2, expected 1"):
+    edit_state(checkpoint(folder, 9), format=1)
+    with pytest.raises(CheckpointError, match="step_000009: format 1, expected 2"):
         find(checkpoint(folder, 9), folder)
 
 
@@ -446,18 +488,13 @@ def test_list_of_pickles_is_complete(saved):
 def test_no_code_of_a_checkpoint_is_run(folder, tmp_path, name):
     file = checkpoint(folder, 9) / name
     file.write_bytes(pickle.dumps(Bomb(tmp_path / "code was run"), protocol=2))
-    sizes = read_sizes(checkpoint(folder, 9))
-    edit_state(checkpoint(folder, 9), files={**sizes, name: file.stat().st_size})
-    assert find("latest", folder) == checkpoint(folder, 9)  # whole, as far as sizes can say
+    edit_state(checkpoint(folder, 9))
+    assert find("latest", folder) == checkpoint(folder, 9)  # whole, as far as digests can say
     with pytest.raises(CheckpointError, match=f"{re.escape(name)} .*more than tensors and plain values"):
         train_here(folder, **RUN, resume_from_checkpoint="latest")
     assert not (tmp_path / "code was run").exists()
     pickle.loads(file.read_bytes())  # the file is as bad as it is meant to be
     assert (tmp_path / "code was run").exists()
-
-
-def read_sizes(path: Path) -> dict[str, int]:
-    return json.loads((path / "trainer_state.json").read_text())["files"]
 
 
 # ---- a disk that is full ----
@@ -550,9 +587,7 @@ def test_remedies_that_errors_name_can_be_applied_on_resuming(folder, whole):
 
 def test_other_number_of_batches_is_an_error(folder, monkeypatch):
     path = list_checkpoints(folder)[-1]
-    state = json.loads((path / "trainer_state.json").read_text())
-    state["batches_per_epoch"] += 1
-    (path / "trainer_state.json").write_text(json.dumps(state))
+    edit_state(path, batches_per_epoch=read_state(path)["batches_per_epoch"] + 1)
     with pytest.raises(CheckpointError, match="batches per epoch, expected .*--max_cached_mib"):
         train_here(folder, **RUN, resume_from_checkpoint="latest")
 
@@ -562,8 +597,6 @@ def test_weights_that_do_not_fit_are_an_error(folder):
     weights = load_file(path / "model.safetensors")
     # As torch.compile names them
     save_file({f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, path / "model.safetensors")
-    state = json.loads((path / "trainer_state.json").read_text())
-    state["files"]["model.safetensors"] = (path / "model.safetensors").stat().st_size
-    (path / "trainer_state.json").write_text(json.dumps(state))
+    edit_state(path)
     with pytest.raises(CheckpointError, match="does not fit this model.*torch.compile"):
         train_here(folder, **RUN, resume_from_checkpoint="latest")

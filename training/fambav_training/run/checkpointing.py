@@ -2,12 +2,15 @@
 
     OUTPUT_DIR/checkpoints/step_000100/
         model.safetensors, optimizer.bin, ...  what accelerate saves of all that was prepared or registered
-        trainer_state.json                     position in the run, the flags it was made with, size of every file
+        trainer_state.json                     position in the run, the flags it was made with, a digest of every
+                                               file and of itself
 
 A checkpoint is written beside its place and moved there last. Whatever happens before leaves the previous ones as they
-were. Nothing in it is unpickled but tensors and plain values.
+were. One that was changed later, be it by a bit, is never loaded. Nothing in it is unpickled but tensors and plain
+values.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -26,7 +29,8 @@ logger = logging.get_logger(__name__)
 FOLDER = "checkpoints"
 STATE_FILE = "trainer_state.json"
 LATEST = "latest"
-_FORMAT = 1
+_FORMAT = 2
+_DIGEST = "sha256"
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -65,10 +69,7 @@ def save_checkpoint(accelerator: Accelerator, path: Path, state: dict[str, Any])
 
 
 def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
-    files = {
-        str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
-    }
-    (partial / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=1) + "\n")
+    write_state(partial, state)
     for file in partial.rglob("*"):
         _sync(file)
     _sync(partial)
@@ -78,8 +79,30 @@ def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
     _sync(path.parent)
 
 
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `trainer_state.json` of a folder: `state`, and what all files must be like when they are read again."""
+    files = {
+        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, _DIGEST: _digest_of_file(file)}
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file != path / STATE_FILE
+    }
+    content = {**state, "files": files}
+    (path / STATE_FILE).write_text(json.dumps({**content, _DIGEST: _digest_of_json(content)}, indent=1) + "\n")
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _DIGEST).hexdigest()
+
+
+def _digest_of_json(content: dict[str, Any]) -> str:
+    return hashlib.new(_DIGEST, json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _sync(path: Path) -> None:
     """Wait until a file or folder is on the disk, so that a power cut cannot leave a name without its content."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders; it writes names as it writes files
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,11 +217,12 @@ def read_state(path: Path) -> dict[str, Any]:
     """The content of `trainer_state.json`, after all files were found to be there.
 
     Raises:
-        CheckpointError: if `path` is no checkpoint, or a file of it is missing or of the wrong size.
+        CheckpointError: if `path` is no checkpoint, or one of its files is missing or was changed.
     """
     try:
         state = json.loads((path / STATE_FILE).read_text())
         files, format_ = state["files"], state["format"]
+        digest = state.pop(_DIGEST, None)
     except FileNotFoundError as error:
         kind = "a folder without" if path.is_dir() else "no folder with"
         raise CheckpointError(f"checkpoint {path}: {kind} a {STATE_FILE}") from error
@@ -206,12 +230,16 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error!r})") from error
     if format_ != _FORMAT:
         raise CheckpointError(f"checkpoint {path}: format {format_!r}, expected {_FORMAT}")
-    for name, size in files.items():
-        file = path / name
+    if digest != _digest_of_json(state):
+        raise CheckpointError(f"checkpoint {path}: {STATE_FILE} was changed after it was written")
+    for name, expected in files.items():
+        file, size = path / name, expected["bytes"]
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise CheckpointError(f"checkpoint {path}: {name} {found}, expected {size} bytes")
+        if _digest_of_file(file) != expected[_DIGEST]:
+            raise CheckpointError(f"checkpoint {path}: {name} was changed after it was written")
     return state
 
 
