@@ -3,9 +3,10 @@
     python training/inspect_gpu_kernels.py
     python training/inspect_gpu_kernels.py --targets sm_90 --json kernels.json
 
-For every kernel and GPU: registers of a thread, bytes spilled, shared memory of a program, warps that fit a processor,
-and of each innermost loop its instructions, requests to global memory and the cycles that a lone warp takes for a pass.
-From those follow limits of the time per layer of Vim-Ti at 224 px, batch 128, in bfloat16, on an H100 and an A100:
+For every kernel and GPU: registers of a thread, bytes spilled, shared memory of a program and warps that fit a
+processor; of each innermost loop its instructions, its loads from and stores to global memory, and the cycles that a
+lone warp takes for a pass. From those follow limits of the time per layer of Vim-Ti at 224 px, batch 128, in bfloat16,
+on an H100 and an A100:
 
     memory      every tensor moved once, at full bandwidth
     issue       every instruction issued, four a cycle and processor
@@ -31,7 +32,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpu_assembly import Assembly, assembly_of
+from fambav_training.gpu.assembly import Assembly, assembly_of
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _print(records: list[dict[str, Any]]) -> None:
     for record in records:
         case = f"{record['dtype']} N={record['state_size']} E={record['channels']}"
         loops = "; ".join(
-            f"{loop['instructions']} instructions, {loop['counts']['load']}+{loop['counts']['store']} requests"
+            f"{loop['instructions']} instructions, {loop['counts']['load']}+{loop['counts']['store']} loads and stores"
             + (f", {loop['cycles']} cycles" if loop["cycles"] else "")
             for loop in record["loops"]
         )

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from child_process import run_python
 from inspect_gpu_kernels import CASES, GPUS, TARGETS, resident_warps
+from support.child_process import run_python
 
 pytest.importorskip("triton")
 
@@ -45,9 +45,7 @@ def test_vim_ti(tmp_path):
     records, printed = inspected(tmp_path, list(TARGETS), ["vim-ti"])
     check(records)
     for gpu in GPUS.values():
-        estimates = {
-            record["kernel"]: record["estimated_ms"] for record in records if record["target"] == gpu.target
-        }
+        estimates = {record["kernel"]: record["estimated_ms"] for record in records if record["target"] == gpu.target}
         assert sorted(estimates) == KERNELS
         for by_gpu in estimates.values():
             (by_cause,) = by_gpu.values()

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpu_assembly import _amd_code, _loops, _nvidia_code, assembly_of
+from fambav_training.gpu.assembly import _amd_code, _loops, _nvidia_code, assembly_of
 
 # Two nested loops; the inner one loads, waits for it and jumps by address, as sm_100's code does.
 _NVIDIA = """Function:_kernel
