@@ -33,7 +33,7 @@ def test_all_cells_run(tmp_path):
     assert re.search(r"^upper 3: \[65, 62, 59,", process.stdout, re.MULTILINE)
     assert Image.open(tmp_path / "hamster_fusion.png").width > 256
     results = json.loads((tmp_path / "digits" / "all_results.json").read_text())
-    assert results["steps"] == 60
+    assert results["steps"] == 40
     assert results["top1"] > 50  # of ten classes: it has learned
     assert f"top-1 {results['top1']:.1f} % of 360 digits" in process.stdout
 
