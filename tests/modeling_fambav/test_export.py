@@ -8,8 +8,8 @@ from support.child_process import run_python
 from support.helpers import random_tensor, tiny_config
 
 
-@pytest.mark.parametrize("strategy", ["none", "upper"])
-@pytest.mark.parametrize("position", ["head", "middle"])
+@pytest.mark.parametrize("strategy", [pytest.param("none", marks=pytest.mark.slow), "upper"])
+@pytest.mark.parametrize("position", [pytest.param("head", marks=pytest.mark.slow), "middle"])
 def test_exported_for_any_batch_size(position, strategy, tmp_path):
     torch.manual_seed(0)
     config = tiny_config(cls_token_position=position, fusion_strategy=strategy)
@@ -24,6 +24,7 @@ def test_exported_for_any_batch_size(position, strategy, tmp_path):
             torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exported_backbone_for_any_batch_size():
     torch.manual_seed(0)
     model = FambaVBackbone(tiny_config(out_indices=[1, 3])).eval()
