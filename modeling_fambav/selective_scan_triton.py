@@ -304,9 +304,9 @@ def scan_forward(
     """
     _, batch_size, num_tokens, channels = x.shape
     inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    states = torch.empty(states_shape("triton", x, A, keep_states), device=x.device)
+    states = torch.empty(states_shape("triton", x, A, keep_states), dtype=torch.float32, device=x.device)
     # float32, because the directions add up in it
-    out = torch.empty(batch_size, num_tokens, channels, device=x.device)
+    out = torch.empty(batch_size, num_tokens, channels, dtype=torch.float32, device=x.device)
     _scan_forward[(batch_size, triton.cdiv(channels, _BLOCK))](
         *inputs, out, states,
         batch_size, num_tokens, channels, A.shape[-1], triton.cdiv(num_tokens, _CHUNK),
@@ -337,7 +337,7 @@ def scan_backward(
     dout = _as_rows(dout)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device=x.device)
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     scratch = empty(batch_size * num_blocks, _CHUNK, options["STATE_BLOCK"], _BLOCK)
     dx, ddt = empty(*x.shape), empty(*x.shape)
@@ -377,9 +377,10 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     grid, options = _conv_launch(x, weight)
     num_directions, channels, kernel_size = weight.shape
     rows, dout, weight, bias = _as_rows(x), _as_rows(dout), weight.mT.contiguous(), bias.contiguous()
-    dx = torch.empty(x.shape, device=x.device)
-    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, device=x.device)
-    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, device=x.device)
+    buffers = {"dtype": torch.float32, "device": x.device}
+    dx = torch.empty(x.shape, **buffers)
+    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)
+    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, **buffers)
     _conv_backward[grid](
         dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options
     )

@@ -99,7 +99,7 @@ def match_tokens(
     norms = torch.linalg.vector_norm(metric, dim=-1)
     if num_tokens > 3 and uses_cpu_kernels(metric):
         if isinstance(class_index, int):
-            class_index = torch.full((batch_size, 1), class_index)
+            class_index = torch.full((batch_size, 1), class_index, dtype=torch.int64, device=metric.device)
         new_index = _match(products, norms, class_index, r, similarity, order)
     else:
         index = torch.arange(num_tokens, device=metric.device).expand(batch_size, -1)

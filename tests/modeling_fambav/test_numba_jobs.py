@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("numba")
 
 from modeling_fambav import numba_jobs, selective_scan_numba
-from modeling_fambav.numba_jobs import kernel, launch, next_task, open_job, rows_of_any, sizes
+from modeling_fambav.numba_channels import FLOATS
+from modeling_fambav.numba_jobs import Operand, buffer, kernel, launch, next_task, open_job, rows_of_any, sizes
 from modeling_fambav.numba_vectors import LANES, load, store
 from support.child_process import REPOSITORY, run_python
 
@@ -31,9 +32,10 @@ def _copy(address):
 
 
 def _copied(values, dtype):
-    result = torch.empty(values.shape, dtype=dtype)
-    launch(_copy, len(values), (values.shape[1],), [values, result])
-    return result
+    num_rows, num_columns = values.shape
+    result = buffer("target", num_rows, num_columns, dtype)
+    launch(_copy, num_rows, (num_columns,), [Operand("source", values, num_rows, num_columns, FLOATS), result])
+    return result.tensor
 
 
 def _every_bfloat16():
@@ -61,6 +63,30 @@ def test_float32_is_rounded_as_torch_rounds_it():
     torch.testing.assert_close(
         _copied(values, torch.bfloat16), values.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.zeros(4, 16, dtype=torch.float64),
+        torch.zeros(4, 16, dtype=torch.float16),
+        torch.zeros(4, 16, dtype=torch.int64),
+        torch.zeros(4, 16, device="meta"),
+        torch.zeros(3, 16),
+        torch.zeros(4, 15),
+        torch.zeros(64),
+        torch.zeros(16, 4).mT,
+    ],
+    ids=lambda tensor: f"{tensor.dtype}{list(tensor.shape)}{tensor.device}{tensor.stride()}",
+)
+def test_a_kernel_refuses_what_it_would_misread(source):
+    target = buffer("target", 4, 16, fill=7)
+    with pytest.raises(ValueError, match=r"^source of the kernel _copy (is|has) .*: expected"):
+        launch(_copy, 4, (16,), [Operand("source", source, 4, 16, FLOATS), target])
+    assert torch.equal(target.tensor, torch.full((4, 16), 7.0))
+    zeros = Operand("source", torch.zeros(4, 16), 4, 16)
+    with pytest.raises(ValueError, match="^target of the kernel _copy"):
+        launch(_copy, 4, (16,), [zeros, Operand("target", source, 4, 16)])
 
 
 def test_compiled_code_is_named_by_the_files_it_is_made_of(monkeypatch, tmp_path):

@@ -57,6 +57,28 @@ def test_ties_and_numbers_that_are_none(value):
             assert sorted(set(places)) == list(range(9 - r)) and places.count(places[class_position]) == 1
 
 
+@pytest.mark.parametrize("index", [-1, 6, 2**40])
+def test_places_outside_of_the_result_are_refused(index):
+    set_selective_scan_backend("numba")
+    values = random_tensor(2, 9, 16, seed=0)
+    matching = match_tokens(values, 3)
+    matching.new_index[1, 4] = index
+    with pytest.raises(ValueError, match="^new_index from .*: expected 0 to 5"):
+        matching.merge(values)
+    with pytest.raises(ValueError, match="^class_index from .*: expected 0 to 8"):
+        match_tokens(values, 3, torch.tensor([[0], [index if index != 6 else 9]]))
+
+
+def test_weights_and_places_of_another_shape_are_refused():
+    set_selective_scan_backend("numba")
+    values = random_tensor(2, 9, 16, seed=0)
+    matching = match_tokens(values, 3)
+    with pytest.raises(ValueError, match="^weights of the kernel _merge"):
+        matching.merge(values, torch.ones(2, 8))
+    with pytest.raises(ValueError, match="^new_index of the kernel _merge"):
+        matching.merge(values[:, :8])
+
+
 def test_bfloat16():
     metric = random_tensor(2, 33, 20, seed=0, dtype=torch.bfloat16)
     new_index, merged, gradient = fuse("numba", metric, 9, 0, "cosine", "raster", None)
