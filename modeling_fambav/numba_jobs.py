@@ -16,38 +16,29 @@ so any thread may run it without a Python thread state. It takes tasks until non
 """
 
 import ctypes
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .numba_vectors import carray, cfunc, fetch_add, intrinsic, njit, types
+from .operators import digest_of
+
+logger = logging.get_logger(__name__)
 
 _NUM_TASKS, _SIZES, _TENSORS = 1, 2, 7  # where these begin in a job
 
 inlined = njit(inline="always", error_model="numpy")
 
 
-_SHARED_SOURCES = ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py")
-
-
-def _digest_of_sources() -> str:
-    """Of the files, beside its own, that a kernel has functions and constants from."""
-    digest = hashlib.sha256()
-    for name in _SHARED_SOURCES:
-        try:
-            digest.update(__loader__.get_data(str(Path(__file__).with_name(name))))  # which may be in a zip file
-        except OSError:
-            pass  # there are only compiled files, of which none changes without the others
-    return digest.hexdigest()[:8]
-
-
-_SOURCES = _digest_of_sources()
+# Files, beside its own, that a kernel has functions and constants from
+_SHARED_SOURCES = ("numba_vectors", "numba_jobs", "numba_channels", "backends")
+_SUFFIX = digest_of(_SHARED_SOURCES)
+_SIGNATURE = types.void(types.CPointer(types.int64))
 
 
 def kernel(function):
@@ -56,8 +47,27 @@ def kernel(function):
     numba compiles it again when the file of the kernel has changed, but does not look at the files that this one
     imports. Their digest becomes part of the name of the file on disk: an upgrade must not run code of before.
     """
-    function.__qualname__ += f"_{_SOURCES}"
-    return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(function)
+    function.__qualname__ += f"_{_SUFFIX}"
+    try:
+        return cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+    except Exception as error:  # a folder that is read-only, full, or holds damaged files; or the compiler
+        compiled = cfunc(_SIGNATURE, error_model="numpy")(function)  # which then fails again
+        _warn_that_nothing_is_kept(error)
+        return compiled
+
+
+_has_warned = False
+
+
+def _warn_that_nothing_is_kept(error: Exception) -> None:
+    global _has_warned
+    if not _has_warned:
+        logger.warning(
+            "Famba-V's compiled CPU kernels cannot be kept on disk "
+            f"({type(error).__name__}: {' '.join(str(error).split())}), so every process compiles them again. "
+            "Set NUMBA_CACHE_DIR to a folder that can be written to, or empty the one that is there."
+        )
+    _has_warned = True
 
 
 # ---- inside kernels ----

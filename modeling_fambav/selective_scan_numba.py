@@ -19,7 +19,7 @@ one loop over time and states. A block of channels is few vectors of WIDE lanes,
 import numpy as np
 from torch import Tensor
 
-from .causal_conv1d_numba import conv_backward, conv_forward
+from .backends import CHUNK_STEPS, states_shape
 from .numba_channels import (
     BLOCK,
     FLOATS,
@@ -59,7 +59,6 @@ from .numba_vectors import (
     store,
     store_sums,
 )
-from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
 
 _CHUNK = CHUNK_STEPS["numba"]
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -396,6 +395,3 @@ def scan_backward(
         None if z is None else whole(dz, batch_size, num_tokens),
         whole(ddt_bias, *images).sum(0),
     )
-
-
-KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

@@ -15,15 +15,11 @@ blocks are left to the caller, so that no result depends on the order in which p
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("The GPU kernels of Famba-V need triton: `pip install triton`.") from error
-
-from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
+from .backends import CHUNK_STEPS, states_shape
 
 _CHUNK = CHUNK_STEPS["triton"]
 # Channels of a program.
@@ -385,6 +381,3 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
         dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options
     )
     return dx, dweight.sum(0).mT, dbias.sum(0)
-
-
-KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import modeling_fambav.selective_scan as scan_module
-from helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tiny_config
-from modeling_fambav import FambaVForImageClassification, match_tokens, set_selective_scan_backend
+from modeling_fambav import FambaVForImageClassification, backends, match_tokens, set_selective_scan_backend
 from modeling_fambav.rms_norm import rms_norm
 from modeling_fambav.selective_scan import causal_conv1d, selective_scan
+from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tiny_config
 
 
 @pytest.fixture(autouse=True)
 def restored_backend(monkeypatch):
-    monkeypatch.setattr(scan_module, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", None)
 
 
 @contextlib.contextmanager

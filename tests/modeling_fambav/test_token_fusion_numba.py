@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
-import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import match_tokens, set_selective_scan_backend
+from modeling_fambav import backends, match_tokens, set_selective_scan_backend
+from modeling_fambav.token_fusion import _match, _merge
 from support.helpers import random_tensor
 
 
 @pytest.fixture(autouse=True)
 def restored_backend(monkeypatch):
-    monkeypatch.setattr(scan_module, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", None)
 
 
 def fuse(backend, metric, r, class_index, similarity, order, weights):
@@ -103,7 +103,7 @@ def test_results_do_not_depend_on_threads():
 def test_opcheck():
     new_index = match_tokens(random_tensor(2, 9, 16, seed=0), 3).new_index
     values = random_tensor(2, 9, 16, seed=1).requires_grad_()
-    torch.library.opcheck(torch.ops.fambav.merge.default, (values, new_index, 6, None))
+    torch.library.opcheck(_merge, (values, new_index, 6, None))
     products, norms = random_tensor(2, 5, 4, seed=2), random_tensor(2, 9, seed=3).abs()
     class_index = torch.zeros(2, 1, dtype=torch.int64)
-    torch.library.opcheck(torch.ops.fambav.match_tokens.default, (products, norms, class_index, 3, "dot", "raster"))
+    torch.library.opcheck(_match, (products, norms, class_index, 3, "dot", "raster"))
