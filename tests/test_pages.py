@@ -1,0 +1,284 @@
+"""Numbers on the pages are those of the files that were measured, and links lead somewhere."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.child_process import REPOSITORY
+
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(REPOSITORY / folder / "README.md" for folder in ("modeling_fambav", "training", "model_cards")),
+]
+README, MODEL_CARDS = REPOSITORY / "README.md", REPOSITORY / "model_cards" / "README.md"
+MEASURED = REPOSITORY / "model_cards"
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+Rows = list[list[str]]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def tables(page: Path) -> dict[str, Rows]:
+    """The Markdown tables of a page outside code: header as it is written, and cells of the rows below it."""
+    text = _CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    found: dict[str, Rows] = {}
+    header = None
+    for line, below in pairwise([*text.splitlines(), ""]):
+        if not line.startswith("|"):
+            header = None
+        elif re.fullmatch(r"[|\s:-]+", below) and header is None:
+            assert line not in found, f"two tables with the header {line}"
+            header, found[line] = line, []
+        elif header is not None and not re.fullmatch(r"[|\s:-]+", line):
+            found[header].append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def read_json(*path: str) -> dict[str, Any]:
+    return json.loads(MEASURED.joinpath(*path).read_text(encoding="utf-8"))
+
+
+def cells_of(table: str) -> dict[str, dict[str, Any]]:
+    return {cell["cell"]: cell for cell in read_json("tables", table, "table.json")["cells"]}
+
+
+def top1_of_seeds(cell: dict[str, Any]) -> str:
+    results = [run["results"] for run in cell["runs"]]
+    return ", ".join(f"{result['top1']:.2f}" for result in results if result is not None)
+
+
+def measured_row(title: str, cell: dict[str, Any]) -> list[str]:
+    """A row of the paper's tables, as README and model_cards print it."""
+    measured, saved, is_first = cell["measured"], cell["saved"], cell["cell"] == "none"
+    return [
+        title,
+        top1_of_seeds(cell),
+        f"{measured['top5']['mean']:.2f}",
+        f"{measured['processor_seconds']['mean']:.0f} s",
+        "" if is_first else f"{saved['time']:.0%} of {saved['tokens']:.0%}",
+        f"{cell['paper']['top1']}",
+        "" if is_first else f"{saved['paper_time']:.0%}",
+    ]
+
+
+TABLE_1 = (
+    "| fusion | top-1 of seeds 0 and 1, % | top-5, % | processor time | saved, of what the tokens allow | "
+    "top-1, paper | time saved, paper |"
+)
+TABLE_2 = (
+    "| fusion begins at layer, paper (ours) | top-1, % | top-5, % | processor time | "
+    "saved, of what the tokens allow | top-1, paper | time saved, paper |"
+)
+TABLE_3 = (
+    "| tokens per fused layer, paper (in all, ours) | top-1, % | top-5, % | processor time | "
+    "saved, of what the tokens allow | top-1, paper | time saved, paper |"
+)
+
+
+@pytest.mark.parametrize("page", [README, MODEL_CARDS], ids=page_name)
+def test_table_1_is_what_was_measured(page):
+    assert tables(page)[TABLE_1] == [measured_row(name, cell) for name, cell in cells_of("table1_nano").items()]
+
+
+def test_the_share_of_the_savings_is_what_was_measured():
+    saved = [cell["saved"] for name, cell in cells_of("table1_nano").items() if name != "none"]
+    shares = [row["time"] / row["tokens"] for row in saved]
+    sentence = f"{100 * min(shares):.0f} to {100 * max(shares):.0f} % of the saving"
+    for page in (README, MODEL_CARDS):
+        assert sentence in " ".join(page.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize(("table", "header"), [("table2_nano", TABLE_2), ("table3_nano", TABLE_3)])
+def test_tables_2_and_3_are_what_was_measured(table, header):
+    expected = []
+    for cell in cells_of(table).values():
+        if cell["measured"] is None:
+            continue
+        removed = cell["tokens_removed"]
+        if cell["cell"] == "none":
+            title = "no fusion"
+        elif table == "table2_nano":
+            first = next(layer for layer, tokens in enumerate(removed, 1) if tokens)
+            title = f"{cell['cell'].removeprefix('start')} ({first})"
+        else:
+            title = f"{cell['cell'].removeprefix('r')} ({sum(removed)})"
+        expected.append(measured_row(title, cell))
+    assert tables(MODEL_CARDS)[header] == expected
+
+
+def test_the_ablation_is_what_was_measured():
+    # What each cell changes, as evaluate_checkpoint.py --ablate names it
+    changes = {
+        "dot": {"fusion_metric": "dot"},
+        "euclidean": {"fusion_metric": "euclidean"},
+        "size_weighted": {"fusion_reduction": "size_weighted"},
+        "appended": {"fusion_order": "appended"},
+        "scaled_steps": {"fusion_scale_time_step": True},
+        "both": {"fusion_reduction": "size_weighted", "fusion_scale_time_step": True},
+    }
+    switched_on = read_json("tables", "ablation_trained", "ablation.json")["rows"]
+
+    def afterwards(cell: str) -> str:
+        strategy = "none" if cell == "none" else "upper"
+        (row,) = (r for r in switched_on if (r["strategy"], r["changes"]) == (strategy, changes.get(cell, {})))
+        return f"{row['top1']:.2f}"
+
+    trained = cells_of("ablation_nano")
+    expected = [[cell["title"], top1_of_seeds(cell), afterwards(name)] for name, cell in trained.items()]
+    header = "| fusion | trained with it, top-1 of the seeds, % | switched on afterwards, top-1, % |"
+    assert sorted(tables(MODEL_CARDS)[header]) == sorted(expected)
+
+
+def benchmark(title: str) -> dict[str, dict[str, Any]]:
+    records = read_json("benchmarks", "cpu_2_cores", "benchmark.json")["results"][title]
+    return {record["label"]: record for record in records}
+
+
+def both_times(record: dict[str, Any]) -> str:
+    return ", ".join(f"{1000 * record[name]:.0f}" for name in ("forward_seconds", "step_seconds"))
+
+
+def both_ratios(record: dict[str, Any], reference: dict[str, Any]) -> str:
+    return ", ".join(f"{record[name] / reference[name]:.2f}" for name in ("forward_seconds", "step_seconds"))
+
+
+SIZES = (384, 512, 768, 1024)  # px, of one image
+
+
+def sizes_row(title: str, batch_size: int, size: int) -> list[str]:
+    deit, *ours = (
+        benchmark(f"Ti geometry, {size} px, batch {batch_size}")[label]
+        for label in ("DeiT-Ti", "Famba-V-Ti none", "Famba-V-Ti upper")
+    )
+    return [title, both_times(deit), *(f"{both_times(record)} ({both_ratios(record, deit)})" for record in ours)]
+
+
+def test_the_speed_in_the_readme_is_what_was_measured():
+    rows = [sizes_row(f"{images} of {size} px", images, size) for images, size in ((8, 224), *((1, s) for s in SIZES))]
+    header = "| images | DeiT-Ti | Famba-V-Ti, no fusion | Famba-V-Ti, upper fusion |"
+    assert tables(README)[header] == rows
+
+
+def test_the_speed_over_sizes_is_what_was_measured():
+    header = "| one image | DeiT-Ti forward, step, ms | Famba-V-Ti, no fusion | Famba-V-Ti, upper |"
+    assert tables(MODEL_CARDS)[header] == [sizes_row(f"{size} px", 1, size) for size in SIZES]
+
+
+def test_the_speed_over_strategies_is_what_was_measured():
+    rows = []
+    for title in (f"{geometry}, 224 px, batch 8" for geometry in ("Ti geometry", "S geometry")):
+        rows += _strategy_rows(benchmark(title), "")
+    rows += _strategy_rows(benchmark("Ti geometry, 224 px, batch 8, bf16"), " bf16")
+    header = (
+        "| batch 8, 224 px | tokens per layer | forward, ms (of DeiT) | training step, ms (of DeiT) | memory, MiB | "
+        "time saved (forward, step) of what the tokens allow |"
+    )
+    assert tables(MODEL_CARDS)[header] == rows
+
+
+def _strategy_rows(records: dict[str, dict[str, Any]], suffix: str) -> Rows:
+    deit = next(record for record in records.values() if record["family"] == "deit")
+    unfused = next(r for r in records.values() if r["family"] == "famba-v" and r["strategy"] == "none")
+    rows = []
+    for label, record in records.items():
+        row = [label + suffix, f"{record['mean_tokens']:.1f}"]
+        for name in ("forward_seconds", "step_seconds"):
+            row.append(f"{1000 * record[name]:.0f} ({record[name] / deit[name]:.2f})")
+        row.append(f"{record['step_peak_bytes'] / 2**20:.0f}")
+        row.append("" if record["strategy"] == "none" else f"{_saved(record, unfused)}")
+        rows.append(row)
+    return rows
+
+
+def _saved(record: dict[str, Any], unfused: dict[str, Any]) -> str:
+    forward, step, tokens = (
+        f"{1 - record[name] / unfused[name]:.0%}" for name in ("forward_seconds", "step_seconds", "mean_tokens")
+    )
+    return f"{forward}, {step} of {tokens}"
+
+
+def test_the_floor_is_what_was_measured():
+    floor = read_json("benchmarks", "cpu_2_cores", "benchmark.json")["floor"]
+    forward, products, scans = (1000 * floor[name] for name in ("forward", "matrix products", "scans"))
+    sentence = (
+        f"A forward pass without fusion takes {forward:.0f} ms, its matrix products alone {products:.0f} ms, its "
+        f"scans alone {scans:.0f} ms: {forward / (products + scans):.2f} times the sum of the two."
+    )
+    assert sentence in " ".join(MODEL_CARDS.read_text(encoding="utf-8").split())
+
+
+def test_the_headline_is_what_was_measured():
+    """Of Vim-Ti with upper fusion, and of the checkpoint whose picture the README shows."""
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    records = benchmark("Ti geometry, 224 px, batch 8")
+    upper, none = (records[f"Famba-V-Ti {name}"]["step_seconds"] for name in ("upper", "none"))
+    large = benchmark("Ti geometry, 1024 px, batch 1")
+    ratio = large["Famba-V-Ti upper"]["step_seconds"] / large["DeiT-Ti"]["step_seconds"]
+    assert f"a training step of Vim-Ti takes {1 - upper / none:.0%} less time".replace("%", " %") in text
+    assert f"at 1024 px it takes {ratio:.2f} times as long as one of DeiT-Ti" in text
+
+    (checkpoint,) = set(re.findall(r"model_cards/([\w-]+)/\w+_fusion\.png", text))
+    results = read_json(checkpoint, "all_results.json")
+    megabytes = (MEASURED / checkpoint / "model.safetensors").stat().st_size / 1e6
+    hours, minutes = divmod(round(results["train_seconds"] / 60), 60)
+    assert f"{megabytes:.1f} MB, {results['top1']:.2f} % top-1, trained in {hours} h {minutes} min" in text
+    assert f"From {results['sequence_lengths'][0]} tokens, {results['sequence_lengths'][-1]} are left." in text
+
+
+def test_the_answer_in_the_readme_is_that_of_the_checkpoint():
+    text = README.read_text(encoding="utf-8")
+    (folder,) = re.findall(r'^folder = "model_cards/([\w-]+)"$', text, re.MULTILINE)
+    (image,) = re.findall(r"examples/([\w.]+)\"", text)
+    shown = re.findall(r"\{'label': '(\w+)', 'score': ([\d.]+)\}", text)
+    answers = read_json(folder, "examples", "answers.json")[image]
+    assert [(a["label"], pytest.approx(a["score"], abs=1e-3)) for a in answers] == [(n, float(s)) for n, s in shown]
+
+
+def test_every_checkpoint_in_the_index_is_as_it_was_scored():
+    index = tables(MODEL_CARDS)["| folder | data | top-1, % | top-5, % | parameters | trained |"]
+    assert {re.match(r"\[([\w-]+)\]", row[0]).group(1) for row in index} == {
+        path.parent.name for path in MEASURED.glob("*/config.json")
+    }
+    for row in index:
+        results = read_json(re.match(r"\[([\w-]+)\]", row[0]).group(1), "all_results.json")
+        assert row[2:4] == [f"{results['top1']:.2f}", f"{results['top5']:.2f}"]
+        assert row[4].startswith(f"{results['num_parameters'] / 1e6:.1f} million")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    links = _LINK.findall(_CODE_BLOCK.sub("", page.read_text(encoding="utf-8")))
+    for link in links:
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link} in {page_name(page)}"
+        if anchor:
+            assert anchor in anchors(target), f"{link} in {page_name(page)}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = _CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_scripts_in_commands_exist(page):
+    scripts = re.findall(r"(?<![\w/])training/[a-z_\d/]+\.(?:py|yaml|ipynb)\b", page.read_text(encoding="utf-8"))
+    for script in scripts:
+        assert (REPOSITORY / script).exists(), f"{script} in {page_name(page)}"
+
+
+def test_the_first_page_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
