@@ -1,7 +1,8 @@
-# make demo    train the quickstart model without and with token fusion, and compare
-# make test    all tests that need no GPU and less than a minute
-# make bench   time and memory beside DeiT, on this machine's CPU
-# make quality check style; make style mends it
+# make demo     train the quickstart model without and with token fusion, and compare
+# make test     the fast tests: every operator, script and public class
+# make test-all all tests that need no GPU: also those that start processes, export, or visit a page
+# make bench    time and memory beside DeiT, on this machine's CPU
+# make quality  check style; make style mends it
 #
 # The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -10,13 +11,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench demo test quality style
+.PHONY: bench demo test test-all quality style
 
 demo: $(INSTALLED)
 	$(BIN)/python training/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu"
 
 bench: $(INSTALLED)
 	$(BIN)/python training/benchmark.py

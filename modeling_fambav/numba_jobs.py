@@ -119,7 +119,7 @@ def _find_gomp():
     with them."""
     try:
         function = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no handle of all that is loaded
         return None
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     function.restype = None

@@ -1,15 +1,25 @@
 """The selective scan and the causal convolution in plain torch operations: any device, any dtype, no extra package.
 
-Names are those of `selective_scan.py`. The scan is linear in the state, so every factor of every step of a chunk is
-computed at once, and the loop over time is one fused multiply-add per step.
+Names are those of `selective_scan.py`. On the devices that come here every call of an operation costs time, so there
+are few of them: about a hundred for the scan of 197 tokens. Decays and drives of a chunk of steps are computed at
+once. Blocks of a few steps then run side by side, each from a state of zero, one operation per step of a block; one
+per block carries the state from block to block, and one more gives all blocks what they should have started from.
+On a CPU, which has kernels unless it lacks numba, this is the plain loop over steps.
 """
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Time steps whose states (steps, G, B, E, N) exist at once.
-_CHUNK_LENGTH = 32
+# Steps whose states (steps, G, B, N, E) exist at once, and steps of a block.
+_CHUNK_LENGTH = 52
+_BLOCK_LENGTH = 4
+# On a CPU calls are cheap and memory is slow: a chunk that stays in the cache, one step after the other.
+_CPU_CHUNK_BYTES = 2**21
 
 
 def scan(
@@ -29,24 +39,20 @@ def scan(
     y = in_scan_order(
         _recurrence(*(in_scan_order(tensor) for tensor in (x_, delta)), A, in_scan_order(B), in_scan_order(C))
     )
-    return gated_mean(y + D[:, None, None, :] * x_, z).to(x.dtype)
+    return gated_mean(torch.addcmul(y, D[:, None, None, :], x_), z).to(x.dtype)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `causal_conv1d`, with gradients by autograd. One shifted multiply-add per tap, in float32 or wider."""
-    dtype, num_tokens, kernel_size = x.dtype, x.shape[1], weight.shape[-1]
+    dtype, num_tokens, last_tap = x.dtype, x.shape[1], weight.shape[-1] - 1
     x, weight, bias = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (x, weight, bias))
+    padded = F.pad(x, (0, 0, last_tap, last_tap))
     outputs = []
     for direction in range(weight.shape[0]):
-        taps = weight[direction]
-        if direction == 0:
-            padded = F.pad(x, (0, 0, kernel_size - 1, 0))
-        else:
-            padded = F.pad(x, (0, 0, 0, kernel_size - 1))
-            taps = taps.flip(-1)
         output = bias[direction].expand_as(x)
-        for tap in range(kernel_size):
-            output = torch.addcmul(output, padded[:, tap : tap + num_tokens], taps[:, tap])
+        for tap in range(last_tap + 1):
+            first = tap if direction == 0 else 2 * last_tap - tap
+            output = torch.addcmul(output, padded[:, first : first + num_tokens], weight[direction, :, tap])
         outputs.append(output)
     return F.silu(torch.stack(outputs)).to(dtype)
 
@@ -73,23 +79,29 @@ def in_scan_order(tensor: Tensor) -> Tensor:
     return torch.cat((tensor[:1], tensor[1:].flip(2)))
 
 
-@torch.library.custom_op("fambav::recurrence", mutates_args=())
-def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """C_t h_t for tensors in scan order. An operator, so that torch.compile does not unroll the loop over time.
+def _recurrence_in_chunks(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """C_t h_t for tensors in scan order. Only one chunk of states exists at a time."""
+    delta_, drive, rates = _per_step(delta, -2), _per_step(delta * x, -2), _rates(A)
+    B_, C_ = _per_step(B, -1), _per_step(C, -2).contiguous()
+    decay, states = _chunk_of_states(x, A, 0), _chunk_of_states(x, A, 1)
+    states[0] = 0
+    y = x.new_empty(x.shape[2], *x.shape[:2], 1, x.shape[3])
+    for steps, count in _chunks(x, A):
+        _fill_decay(decay[:count], delta_[steps], rates)
+        torch.mul(drive[steps], B_[steps], out=states[1 : count + 1])
+        _run(decay[:count], states[: count + 1])
+        torch.matmul(C_[steps], states[1 : count + 1], out=y[steps])
+        states[0] = states[count]
+    return y.squeeze(3).permute(1, 2, 0, 3)
 
-    Only one chunk of states exists at a time; the backward pass computes them again."""
-    state = x.new_zeros(_state_shape(x, A))
-    y = torch.empty_like(x)
-    for steps in _chunks(x.shape[2]):
-        states, _ = _states(x[:, :, steps], delta[:, :, steps], A, B[:, :, steps], state)
-        y[:, :, steps] = _read_out(states, C[:, :, steps])
-        state = states[-1]
-    return y
+
+# An operator, so that torch.compile does not unroll the loop over time; its backward pass computes the states again.
+_recurrence = torch.library.custom_op("fambav::recurrence", mutates_args=())(_recurrence_in_chunks)
 
 
 @_recurrence.register_fake
 def _(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape[2], *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3)
 
 
 @torch.library.custom_op("fambav::recurrence_backward", mutates_args=())
@@ -99,35 +111,47 @@ def _recurrence_backward(
     """Gradients of x, delta, A, B, C.
 
     The adjoint g_t of the state runs backwards through time: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
-    chunks = list(_chunks(x.shape[2]))
-    entry_states = [x.new_zeros(_state_shape(x, A))]
-    for steps in chunks[:-1]:
-        states, _ = _states(x[:, :, steps], delta[:, :, steps], A, B[:, :, steps], entry_states[-1])
-        entry_states.append(states[-1].clone())
+    delta_, drive, dy_ = _per_step(delta, -2), _per_step(delta * x, -2), _per_step(dy, -2)
+    B_, C_, rates = _per_step(B, -1), _per_step(C, -1), _rates(A)
+    chunks = list(_chunks(x, A))
+    # The decays of a chunk and of the step after it, and a copy to work in
+    decay, products = _chunk_of_states(x, A, 1), _chunk_of_states(x, A, 0)
+    states, adjoint = _chunk_of_states(x, A, 1), _chunk_of_states(x, A, 1)
 
-    dx, ddelta, dA, dB, dC = (torch.empty_like(x), torch.empty_like(delta), torch.zeros_like(A)) + (
-        torch.empty_like(B),
-        torch.empty_like(C),
-    )
-    carried = x.new_zeros(_state_shape(x, A))  # exp(delta_{t+1} A) g_{t+1}
-    for steps, entry_state in zip(reversed(chunks), reversed(entry_states)):
-        x_c, delta_c, B_c, C_c, dy_c = (tensor[:, :, steps] for tensor in (x, delta, B, C, dy))
-        states, decay = _states(x_c, delta_c, A, B_c, entry_state)
-        previous = torch.cat((entry_state.unsqueeze(0), states[:-1]))
+    entries = [torch.zeros_like(states[0])]
+    for steps, count in chunks[:-1]:
+        _fill_decay(products[:count], delta_[steps], rates)
+        torch.mul(drive[steps], B_[steps], out=states[1 : count + 1])
+        states[0] = entries[-1]
+        _run(products[:count], states[: count + 1])
+        entries.append(states[count].clone())
 
-        adjoint = torch.einsum("gbte,gbtn->tgben", dy_c, C_c).contiguous()
-        for t in reversed(range(adjoint.shape[0])):
-            adjoint[t] += carried
-            torch.mul(decay[t], adjoint[t], out=carried)
+    dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
+    # Of every image: a sum over steps and images at once is slow on CPUs
+    dA = torch.zeros_like(states[0])
+    next_decay = next_adjoint = torch.zeros_like(states[0])
+    for (steps, count), entry in zip(reversed(chunks), reversed(entries)):
+        _fill_decay(decay[:count], delta_[steps], rates)
+        decay[count] = next_decay
+        torch.mul(drive[steps], B_[steps], out=states[1 : count + 1])
+        states[0] = entry
+        _run(_to_spend(decay[:count], products), states[: count + 1])
+        torch.mul(dy_[steps], C_[steps], out=adjoint[:count])
+        adjoint[count] = next_adjoint
+        _run(_to_spend(decay[1 : count + 1], products), adjoint[: count + 1], backwards=True)
+        next_decay, next_adjoint = decay[0].clone(), adjoint[0].clone()
 
-        dC[:, :, steps] = torch.einsum("tgben,gbte->gbtn", states, dy_c)
-        dB[:, :, steps] = torch.einsum("tgben,gbte->gbtn", adjoint, delta_c * x_c)
-        d_drive = torch.einsum("tgben,gbtn->gbte", adjoint, B_c)
-        d_exponent = adjoint.mul_(previous).mul_(decay)  # gradient of delta_t A
-        dx[:, :, steps] = d_drive * delta_c
-        ddelta[:, :, steps] = d_drive * x_c + torch.einsum("tgben,gen->gbte", d_exponent, A)
-        dA += torch.einsum("tgben,gbte->gen", d_exponent, delta_c)
-    return dx, ddelta, dA, dB, dC
+        g = adjoint[:count]
+        _steps_of(dC, steps).copy_(torch.matmul(states[1 : count + 1], dy_[steps].mT).squeeze(-1))
+        _steps_of(dB, steps).copy_(torch.matmul(g, drive[steps].mT).squeeze(-1))
+        d_drive = torch.matmul(B_[steps].mT, g).squeeze(-2)
+        d_exponent = g.mul_(states[:count]).mul_(decay[:count])  # gradient of delta_t A
+        # The rates hold A by log(2)
+        d_delta = torch.mul(d_exponent, rates, out=products[:count]).sum(-2).mul_(math.log(2))
+        _steps_of(dx, steps).copy_(d_drive * _steps_of(delta, steps))
+        _steps_of(ddelta, steps).copy_(torch.addcmul(d_delta, d_drive, _steps_of(x, steps)))
+        dA += torch.mul(d_exponent, delta_[steps], out=products[:count]).sum(0)
+    return dx, ddelta, dA.sum(1).mT.contiguous(), dB, dC
 
 
 @_recurrence_backward.register_fake
@@ -142,23 +166,94 @@ def _save_inputs(ctx, inputs, output):
 _recurrence.register_autograd(lambda ctx, dy: _recurrence_backward(dy, *ctx.saved_tensors), setup_context=_save_inputs)
 
 
-def _chunks(num_tokens: int) -> list[slice]:
-    return [slice(start, start + _CHUNK_LENGTH) for start in range(0, num_tokens, _CHUNK_LENGTH)]
+def _chunk_length(x: Tensor, A: Tensor) -> int:
+    if _in_blocks(x):
+        return min(_CHUNK_LENGTH, x.shape[2])
+    step_bytes = x[:, :, 0].numel() * A.shape[2] * x.itemsize
+    return min(max(1, _CPU_CHUNK_BYTES // max(1, step_bytes)), x.shape[2])
 
 
-def _state_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
-    return (x.shape[0], x.shape[1], x.shape[3], A.shape[2])
+def _chunks(x: Tensor, A: Tensor) -> Iterator[tuple[slice, int]]:
+    """The steps of every chunk, and how many they are."""
+    num_tokens, length = x.shape[2], _chunk_length(x, A)
+    for start in range(0, num_tokens, length):
+        end = min(start + length, num_tokens)
+        yield slice(start, end), end - start
 
 
-def _states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States after every step, and the decay of every step, time first so that one step is contiguous: (T,G,B,E,N)."""
-    decay = torch.exp_(torch.einsum("gbte,gen->tgben", delta, A).contiguous())
-    states = torch.einsum("gbte,gbtn->tgben", delta * x, B).contiguous()
-    for t in range(states.shape[0]):
-        state = states[t].addcmul_(decay[t], state)
-    return states, decay
+def _per_step(tensor: Tensor, dim: int) -> Tensor:
+    """(G, B, T, ...) to (T, G, B, ...) with one more dimension: time first, so that a step is contiguous."""
+    return tensor.permute(2, 0, 1, 3).unsqueeze(dim)
 
 
-def _read_out(states: Tensor, C: Tensor) -> Tensor:
-    """C_t h_t: (T, G, B, E, N), (G, B, T, N) -> (G, B, T, E)."""
-    return torch.einsum("tgben,gbtn->gbte", states, C)
+def _steps_of(tensor: Tensor, steps: slice) -> Tensor:
+    """Steps of (G, B, T, ...), time first."""
+    return tensor[:, :, steps].permute(2, 0, 1, 3)
+
+
+def _chunk_of_states(x: Tensor, A: Tensor, more: int) -> Tensor:
+    """Memory for something of the states of a chunk and so many steps more: (steps, G, B, N, E)."""
+    num_directions, batch_size, _, channels = x.shape
+    return x.new_empty(_chunk_length(x, A) + more, num_directions, batch_size, A.shape[2], channels)
+
+
+def _fill_decay(decay: Tensor, delta: Tensor, rates: Tensor) -> None:
+    """exp(delta A) for delta (T, G, B, 1, E) and rates (G, 1, N, E), A by the logarithm of 2."""
+    # Powers of two, which CPUs compute three times as fast
+    torch.mul(delta, rates, out=decay).exp2_()
+
+
+def _to_spend(decay: Tensor, memory: Tensor) -> Tensor:
+    """Decays for `_run`, which leaves the ones given as they are."""
+    return memory[: decay.shape[0]].copy_(decay) if _in_blocks(decay) else decay
+
+
+def _in_blocks(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _rates(A: Tensor) -> Tensor:
+    return (A.mT * math.log2(math.e)).contiguous().unsqueeze(1)
+
+
+def _run(decay: Tensor, states: Tensor, backwards: bool = False) -> None:
+    """Replace drives by states: h_t = decay_t h_{t-1} + drive_t. The decays are spent if they run in blocks.
+
+    Args:
+        decay: (T, ...).
+        states: (T + 1, ...): the state before the first step, and a drive per step. If `backwards`, a drive per step
+            and the state after the last one, for h_t = decay_t h_{t+1} + drive_t.
+    """
+    num_steps = decay.shape[0]
+    num_blocks = num_steps // _BLOCK_LENGTH if _in_blocks(decay) else 0
+    in_blocks = num_blocks * _BLOCK_LENGTH
+    if num_blocks:
+        _run_blocks(decay, states, num_blocks, backwards)
+    here, decays = states.unbind(), decay.unbind()
+    if backwards:
+        for step in reversed(range(num_steps - in_blocks)):
+            here[step].addcmul_(decays[step], here[step + 1])
+    else:
+        for step in range(in_blocks, num_steps):
+            here[step + 1].addcmul_(decays[step], here[step])
+
+
+def _run_blocks(decay: Tensor, states: Tensor, num_blocks: int, backwards: bool) -> None:
+    """`_run` for the first blocks; for the last ones if `backwards`."""
+    length, order, blocks = num_blocks * _BLOCK_LENGTH, range(_BLOCK_LENGTH), range(num_blocks)
+    if backwards:
+        order, blocks, unfinished = order[::-1], blocks[::-1], slice(1, None)
+        run, decay = states[-1 - length : -1], decay[-length:]
+        entries = states[-1 - length :][_BLOCK_LENGTH::_BLOCK_LENGTH]
+    else:
+        unfinished = slice(0, -1)
+        run, decay = states[1 : length + 1], decay[:length]
+        entries = states[:length:_BLOCK_LENGTH]
+    run, decay = (tensor.unflatten(0, (num_blocks, _BLOCK_LENGTH)) for tensor in (run, decay))
+    for before, step in pairwise(order):
+        run[:, step].addcmul_(decay[:, step], run[:, before])
+        decay[:, step].mul_(decay[:, before])  # now that since the block began
+    last = order[-1]
+    for block in blocks:
+        run[block, last].addcmul_(decay[block, last], entries[block])
+    run[:, unfinished].addcmul_(decay[:, unfinished], entries.unsqueeze(1))

@@ -3,6 +3,8 @@
 import json
 import statistics
 
+import pytest
+
 from support.child_process import run_python
 
 IMPORT = """
@@ -23,6 +25,7 @@ print(json.dumps([seconds, sorted(compilers & sys.modules.keys())]))
 """
 
 
+@pytest.mark.slow
 def test_import_costs_little_and_no_compiler():
     runs = []
     for _ in range(3):

@@ -33,6 +33,7 @@ def checkpoint(request) -> Path:
     return request.param
 
 
+@pytest.mark.slow
 def test_it_answers_without_this_package_as_it_did_when_it_was_released(checkpoint, tmp_path):
     expected = json.loads((checkpoint / "examples" / "answers.json").read_text())
     images = [checkpoint / "examples" / name for name in expected]

@@ -80,6 +80,7 @@ def test_only_safetensors_and_readable_files_are_written(saved):
     assert {path.name for path in saved.iterdir()} == CODE_FILES | others
 
 
+@pytest.mark.slow
 def test_code_comes_from_the_folder(without_numba, with_numba):
     for loaded in (without_numba, with_numba):
         assert loaded.report["code_from"] == ["transformers_modules"]
@@ -88,6 +89,7 @@ def test_code_comes_from_the_folder(without_numba, with_numba):
     assert (with_numba.report["backend"], with_numba.report["imported"]) == ("numba", ["numba"])
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_package(saved, loaded):
     pixel_values = load_file(saved.parent / "inputs.safetensors")["pixel_values"]
     with torch.no_grad():
@@ -98,6 +100,7 @@ def test_numbers_are_those_of_the_package(saved, loaded):
     torch.testing.assert_close(loaded.tensors["last_hidden_state"], last_hidden_state, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pipeline_answers_as_with_the_package(saved, loaded):
     image = Image.fromarray(load_file(saved.parent / "inputs.safetensors")["image"].numpy())
     classify = pipeline("image-classification", model=str(saved))
@@ -107,11 +110,13 @@ def test_pipeline_answers_as_with_the_package(saved, loaded):
     assert [answer["score"] for answer in answers] == pytest.approx([answer["score"] for answer in expected], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_config_survives(loaded):
     assert {int(index): name for index, name in loaded.report["id2label"].items()} == LABELS
     assert loaded.report["sequence_lengths"] == [17, 15, 13]
 
 
+@pytest.mark.slow
 def test_code_is_not_run_without_trust(loaded):
     refusals = loaded.report["refusals"]
     assert set(refusals) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "pipeline"}
@@ -131,6 +136,7 @@ def check_relabeled(relabeled: dict[str, Tensor], saved: Path) -> None:
     assert torch.equal(relabeled["classifier.bias"], torch.zeros(7))
 
 
+@pytest.mark.slow
 def test_new_labels_get_a_new_head_in_remote_code(saved, loaded):
     check_relabeled(loaded.relabeled, saved)
 
@@ -140,6 +146,7 @@ def test_new_labels_get_a_new_head_in_the_package(saved):
     check_relabeled(model.state_dict(), saved)
 
 
+@pytest.mark.slow
 def test_import_is_cheap():
     # Compiling or loading kernels is for the first scan. datasets, accelerate and others are for training.
     code = "import sys, modeling_fambav; print(*sys.modules)"

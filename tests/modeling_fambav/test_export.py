@@ -49,6 +49,7 @@ print(sorted(operators))
 """
 
 
+@pytest.mark.slow
 def test_export_is_the_first_thing_a_process_does():
     process = run_python("-c", EXPORT_FIRST)
     assert process.returncode == 0, process.stderr

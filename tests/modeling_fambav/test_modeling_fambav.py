@@ -622,6 +622,7 @@ def test_the_whole_model_is_one_graph(position, order):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_model_equals_eager_model():
     # 20 channels are not a whole number of the kernels' vectors, so outputs may have other strides than expected.

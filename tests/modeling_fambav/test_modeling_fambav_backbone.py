@@ -309,6 +309,7 @@ def hub(saved) -> HubServer:
         yield hub
 
 
+@pytest.mark.slow
 def test_auto_backbone_loads_a_classifier_where_this_package_is_not_installed(hub, saved, tmp_path):
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     maps = load_elsewhere("ann/tiny", saved, tmp_path, **environment)
@@ -316,6 +317,7 @@ def test_auto_backbone_loads_a_classifier_where_this_package_is_not_installed(hu
         torch.testing.assert_close(feature_map, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_loads_where_this_package_is_not_installed(saved, tmp_path):
     maps = load_elsewhere(saved, saved, tmp_path)
     for feature_map, expected in zip(maps.values(), expected_maps(saved), strict=True):

@@ -83,6 +83,7 @@ def test_compiled_code_is_named_by_the_files_it_is_made_of(monkeypatch, tmp_path
     assert re.fullmatch(r"_scan_forward_[0-9a-f]{8}", selective_scan_numba._scan_forward.__wrapped__.__qualname__)
 
 
+@pytest.mark.slow
 def test_a_package_in_a_zip_file(tmp_path):
     package = Path(numba_jobs.__file__).parent
     with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
@@ -120,6 +121,7 @@ print(all(torch.equal(one, two) for one, two in zip(*results)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_tokens", "variable", "value"),
     [(65, "MALLOC_ARENA_MAX", "1"), (600, "MALLOC_MMAP_THRESHOLD_", "131072")],

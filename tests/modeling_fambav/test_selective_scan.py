@@ -521,7 +521,7 @@ def results_of_child(method: str, shape: tuple[int, ...], num_threads: int) -> d
     child.start()
     sender.close()
     try:
-        assert receiver.poll(60), f"no result from the {method}ed process within 60 s"
+        assert receiver.poll(600), f"no result from the {method}ed process"
         return {name: torch.from_numpy(array) for name, array in receiver.recv().items()}
     finally:
         child.join(5)
@@ -542,6 +542,7 @@ def test_in_a_forked_process(name, num_threads):
     assert_results_close(scan_with_gradients(selective_scan, scan_inputs(*shape)), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_a_spawned_process():
     set_selective_scan_backend("numba")
     shape = (2, 3, 20, 150, 4)
@@ -550,11 +551,12 @@ def test_in_a_spawned_process():
     assert_results_close(results, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "nonsense"])
 def test_the_environment_variable_chooses_the_backend(name):
     code = "import torch, modeling_fambav; print(modeling_fambav.selective_scan_backend(torch.empty(1)))"
     environment = {**os.environ, "FAMBAV_SCAN_BACKEND": name}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     if name == "nonsense":
         assert "ValueError: scan backend 'nonsense': expected one of" in child.stderr
     else:

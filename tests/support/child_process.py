@@ -8,6 +8,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
+# Long enough for the slowest of these processes on a machine that is busy with others; it ends those that hang.
+DEADLINE_SECONDS = 900
+
+
 def run_python(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
     """Run `python *arguments` with these variables added to the environment. The caller looks at the return code."""
     # Threads that wait for one another leave the core to those that work, in case other processes are busy too.
@@ -19,5 +23,5 @@ def run_python(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: st
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=DEADLINE_SECONDS,
     )

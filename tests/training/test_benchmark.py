@@ -70,6 +70,7 @@ def test_a_small_case_is_measured():
         assert entry["step_images_per_second"] == pytest.approx(2 / entry["step_seconds"])
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     few, many = (
         benchmark._peak_bytes(benchmark.Subject(Case("famba-v", image_size=64, batch_size=batch_size), CPU))

@@ -18,7 +18,6 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from convert_vim_checkpoint import CheckpointError, convert, main
-from support.child_process import REPOSITORY, run_python
 from support.helpers import read_fixture
 
 GOLDEN_NAMES = ["vim_micro", "fambav_micro_none", "fambav_micro_upper"]
@@ -116,15 +115,14 @@ def test_converted_model_computes_the_official_numbers(tmp_path, name, suffix):
     assert_computes_golden_numbers(tmp_path / "out", golden)
 
 
-def test_command_line_converts_with_fusion_flags(tmp_path):
+def test_command_line_converts_with_fusion_flags(tmp_path, monkeypatch, capsys):
     golden = load_golden("fambav_micro_upper")
     checkpoint = write_checkpoint(tmp_path / "fambav_micro_upper.pth", golden.state)
     flags = ["--cls_token_position", "head", "--fusion_strategy", "custom", "--fusion_order", "appended"]
     flags += ["--fusion_schedule", "0", "0", "3", "3"]
-    script = REPOSITORY / "training" / "convert_vim_checkpoint.py"
-    process = run_python(script, checkpoint, tmp_path / "out", *flags, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "[17, 17, 14, 11]" in process.stdout
+    monkeypatch.setattr("sys.argv", ["convert_vim_checkpoint.py", str(checkpoint), str(tmp_path / "out"), *flags])
+    main()
+    assert "[17, 17, 14, 11]" in capsys.readouterr().out
     assert_computes_golden_numbers(tmp_path / "out", golden)
 
 

@@ -17,7 +17,7 @@ from support.child_process import REPOSITORY
 from support.helpers import noise, save_classifier
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WAIT_SECONDS = 60
+WAIT_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +195,7 @@ def post(page_url: str, *arguments) -> tuple[str, str]:
     return kind.removeprefix("event: "), data.removeprefix("data: ")
 
 
+@pytest.mark.slow
 def test_other_files_of_the_server_are_refused(page_url, model_folder, tmp_path):
     noise().save(tmp_path / "secret.png")
     for path in (str(tmp_path / "secret.png"), "/etc/passwd", str(tmp_path / "missing.png"), None):
@@ -230,7 +231,8 @@ def requested_hosts(browser) -> set[str | None]:
     return {urlsplit(request["request"]["url"]).hostname for request in requests}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_visit(page_url, browser, tmp_path):
     """Choose an example, upload, move the slider, switch the strategy, upload what is no image."""
     from selenium.webdriver.common.by import By

@@ -17,7 +17,7 @@ import reproduce
 from fambav_training.cli import parse_arguments
 from fambav_training.run.arguments import TrainingArguments
 from measure_on_gpu import Stage
-from support.child_process import REPOSITORY
+from support.child_process import DEADLINE_SECONDS, REPOSITORY
 
 _COUNT = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(str(int(path.read_text()) + 1))"
 _SLEEP = """
@@ -81,6 +81,7 @@ def test_a_stage_is_asked_to_stop_when_the_time_is_over(stand_ins, tmp_path):
     assert counts(tmp_path, "tests", "none") == [1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stage_ends_with_the_script(number, tmp_path):
     script = (
@@ -97,7 +98,7 @@ def test_a_stage_ends_with_the_script(number, tmp_path):
     while not log.exists() or "ready" not in log.read_text().splitlines():
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(60) != 0
+    assert process.wait(DEADLINE_SECONDS) != 0
     assert log.read_text().splitlines()[-1] == "saved"
 
 

@@ -134,6 +134,7 @@ def error_of(function, *arguments) -> str:
 # ---- what users see ----
 
 
+@pytest.mark.slow
 def test_published_model_loads_where_this_package_is_not_installed(hub, release, tmp_path):
     torch.manual_seed(1)
     inputs = {
@@ -505,6 +506,7 @@ def test_card_on_the_hub_names_the_repository(repository, folder):
 # ---- from training to the Hub in one command ----
 
 
+@pytest.mark.slow
 def test_training_publishes_what_it_trained(hub, tmp_path):
     environment = client_environment(hub, tmp_path)
     flags = command_line(**{**FLAGS, "max_train_steps": 4, "push_to_hub": True, "hub_private_repo": True})
@@ -521,6 +523,7 @@ def test_training_publishes_what_it_trained(hub, tmp_path):
     assert 'model="ann/my-digits"' in files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_stops_a_run_before_it_begins(hub, tmp_path):
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_wrong", "HF_HUB_OFFLINE": "0"}
     words = [*command_line(**FLAGS), "--push_to_hub", "--output_dir", tmp_path / "out"]

@@ -493,6 +493,7 @@ def test_stopping_the_table_stops_the_run(tmp_path, monkeypatch, default_signals
 # ---- with train.py ----
 
 
+@pytest.mark.slow
 def test_table_with_a_real_run_goes_on_where_it_was(tmp_path):
     """A cell from the command line; then it is made half-finished, and goes on."""
 

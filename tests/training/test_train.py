@@ -1,8 +1,12 @@
 """The training script: what a run leaves, that it can be repeated, and that it fails early and clearly."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +46,27 @@ def fresh_process_state():
         yield
 
 
+def write_half_of_the_flags(path: Path) -> dict[str, Any]:
+    """Every second flag goes into a YAML file; returns the others, for the command line."""
+    in_file = dict(list(FLAGS.items())[::2])
+    path.write_text("".join(f"{name}: {value}\n" for name, value in in_file.items()))
+    return {name: value for name, value in FLAGS.items() if name not in in_file}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder that a run of the command line leaves. Half of the flags are in a YAML file."""
+    """The folder that the script leaves, called in this process. Half of the flags are in a YAML file."""
     folder = tmp_path_factory.mktemp("trained")
-    in_file = dict(list(FLAGS.items())[::2])
-    (folder / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in in_file.items()))
-    on_command_line = {name: value for name, value in FLAGS.items() if name not in in_file}
-    process = run_python(
-        *("-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"),
-        *("--mixed_precision=no", "--dynamo_backend=no", REPOSITORY / "training" / "train.py"),
-        *("--config", folder / "run.yaml", "--output_dir", "runs/first", *command_line(**on_command_line)),
-        cwd=folder,
-        HF_TOKEN=SECRET,
-    )
-    assert process.returncode == 0, process.stderr
-    assert "runs/first: top-1" in process.stdout and SECRET not in process.stdout + process.stderr
+    on_command_line = {**write_half_of_the_flags(folder / "run.yaml"), "config": folder / "run.yaml"}
+    with pytest.MonkeyPatch.context() as patch, own_process_state(), contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        patch.setenv("HF_TOKEN", SECRET)
+        patch.setattr(sys, "argv", ["train.py", "--output_dir", "runs/first", *command_line(**on_command_line)])
+        started = time.process_time()
+        train.main()
+        processor_seconds = time.process_time() - started
+    assert 0.01 * processor_seconds < read_results(folder / "runs" / "first")["processor_seconds"] < processor_seconds
+    assert "runs/first: top-1" in out.getvalue() and SECRET not in out.getvalue()
     assert [path.name for path in (folder / "runs").iterdir()] == ["first"]
     return folder / "runs" / "first"
 
@@ -88,10 +97,8 @@ def test_results_are_those_of_the_contract(trained):
         assert 0 <= results[f"{kind}top1"] <= results[f"{kind}top5"] <= 100
     num_images = NUM_STEPS * FLAGS["per_device_train_batch_size"]
     assert results["images_per_second"] == pytest.approx(num_images / results["train_seconds"])
-    # Several cores may work, or this process may wait for others
-    assert (
-        0.1 * results["train_seconds"] < results["processor_seconds"] < 2 * os.cpu_count() * results["train_seconds"]
-    )
+    # Several cores may work; the fixture has the lower bound, which this process may miss while it waits for others
+    assert results["processor_seconds"] < 2 * os.cpu_count() * results["train_seconds"]
     assert 2**27 < results["peak_memory_bytes"] < 2**36  # an interpreter with torch takes more than 128 MiB
     assert results["device"].startswith("cpu: ")
     assert results["scan_backend"] == "numba"
@@ -129,6 +136,26 @@ def test_pipeline_scores_what_the_run_reports(trained):
 def test_no_token_appears_in_the_folder(trained):
     for path in trained.iterdir():
         assert SECRET.encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_same_run(trained, tmp_path):
+    on_command_line = write_half_of_the_flags(tmp_path / "run.yaml")
+    process = run_python(
+        *("-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", REPOSITORY / "training" / "train.py"),
+        *("--config", tmp_path / "run.yaml", "--output_dir", "runs/first", *command_line(**on_command_line)),
+        cwd=tmp_path,
+        HF_TOKEN=SECRET,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "runs/first: top-1" in process.stdout and SECRET not in process.stdout + process.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
+    folder = tmp_path / "runs" / "first"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in trained.iterdir()}
+    for path in folder.iterdir():
+        assert SECRET.encode() not in path.read_bytes(), path.name
+    assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
 # ---- repeating and varying a run ----
@@ -222,6 +249,7 @@ def trained_by_two(tmp_path_factory) -> tuple[Path, str]:
     return folder, process.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_score_every_image_once(trained_by_two):
     folder, _ = trained_by_two
     results = read_results(folder)
@@ -240,10 +268,12 @@ def test_two_processes_score_every_image_once(trained_by_two):
     assert scores == {"top1": results["top1"], "top5": results["top5"]}
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_prints_the_result(trained_by_two):
     assert trained_by_two[1].count("top-1") == 1
 
 
+@pytest.mark.slow
 def test_too_few_images_for_two_processes(tmp_path):
     process = run_in_two_processes(tmp_path / "out", max_train_samples=100)  # one batch, for one of the two
     assert process.returncode == 1
@@ -369,6 +399,7 @@ def test_checkpoint_of_another_model_fails_before_training(tmp_path, monkeypatch
     assert_fails_before_training(tmp_path, monkeypatch, expected, model_name_or_path="./vit", **NO_GEOMETRY)
 
 
+@pytest.mark.slow
 def test_error_of_the_command_is_one_line_without_traceback(tmp_path):
     script = REPOSITORY / "training" / "train.py"
     process = run_python(script, *command_line(**FLAGS), "--fusion_token", "3", cwd=tmp_path)

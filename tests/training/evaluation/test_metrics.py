@@ -74,6 +74,7 @@ print(TopKAccuracy().compute(predictions=[[1, 0], [1, 0]], references=[1, 0]))
 """
 
 
+@pytest.mark.slow
 def test_metric_needs_no_network_and_no_cache(tmp_path):
     process = run_python("-c", COMPUTE_OFFLINE, cwd=REPOSITORY, HF_HOME=str(tmp_path / "new"), HF_HUB_OFFLINE="0")
     assert process.returncode == 0, process.stderr

@@ -29,7 +29,7 @@ from fambav_training.run.checkpointing import (
     read_state,
     write_state,
 )
-from support.child_process import REPOSITORY
+from support.child_process import DEADLINE_SECONDS, REPOSITORY
 from support.training_runs import (
     FLAGS,
     command_line,
@@ -133,7 +133,7 @@ def stopped(tmp_path_factory) -> dict[int, tuple[Path, int, str]]:
         command = [sys.executable, "-c", SLOW_RUN, str(REPOSITORY / "training"), *words]
         processes[number] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        waiting, end = dict(processes), time.monotonic() + 120
+        waiting, end = dict(processes), time.monotonic() + DEADLINE_SECONDS
         while waiting and time.monotonic() < end:
             for number, process in list(waiting.items()):
                 assert process.poll() is None, process.stderr.read()
@@ -145,7 +145,7 @@ def stopped(tmp_path_factory) -> dict[int, tuple[Path, int, str]]:
             time.sleep(0.01)
         assert not waiting
         return {
-            number: (folder / number.name, process.wait(60), process.stderr.read())
+            number: (folder / number.name, process.wait(DEADLINE_SECONDS), process.stderr.read())
             for number, process in processes.items()
         }
     finally:
@@ -160,6 +160,7 @@ def resume_copy(stopped_folder: Path, tmp_path: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_as_if_nothing_had_happened(stopped, whole, tmp_path):
     folder, exit_code, _ = stopped[signal.SIGKILL]
     assert exit_code == -signal.SIGKILL
@@ -168,6 +169,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(stopped, whole, tmp_path)
     assert_same_run(resume_copy(folder, tmp_path, checkpointing_steps=3), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, expected_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_run_that_is_asked_to_stop_saves_and_says_so(stopped, whole, tmp_path, number, expected_code):
     folder, exit_code, stderr = stopped[number]

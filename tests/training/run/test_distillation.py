@@ -290,6 +290,7 @@ def score(folder: Path, **fusion) -> float:
         return Scorer(model, processor, load_labeled_images("digits"), Accelerator(cpu=True), 60).score()["top1"]
 
 
+@pytest.mark.slow
 def test_two_epochs_recover_most_of_what_fusion_cost(tmp_path):
     start = {**FLAGS, "max_train_samples": None, "fusion_strategy": "none", "fusion_tokens": None}
     train_here(tmp_path / "start", **{**start, "max_train_steps": 88})

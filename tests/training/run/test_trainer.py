@@ -67,6 +67,7 @@ def by_two(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_twice_the_batch(by_two, tmp_path):
     train_here(tmp_path / "out", **RUN)
     one, two = read_metrics(tmp_path / "out"), read_metrics(by_two)
@@ -85,6 +86,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(by_two, tmp_path):
         assert results_of_two[name] == results_of_one[name], name
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_a_checkpoint(by_two, tmp_path):
     shutil.copytree(by_two, tmp_path / "out")
     weights, log = (by_two / "model.safetensors").read_bytes(), read_metrics(by_two)
@@ -98,6 +100,7 @@ def test_two_processes_go_on_from_a_checkpoint(by_two, tmp_path):
     assert seconds == sorted(seconds) and seconds[:5] == [record["train_seconds"] for record in log[:5]]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_two_processes_is_not_for_one(by_two):
     before = (by_two / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"made by 2 process\(es\), expected 1"):

@@ -3,14 +3,19 @@
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "mamba-ssm", "causal-conv1d")
 
@@ -19,18 +24,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process so far: what torch allocated on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 
 
 def used_memory_bytes(device: torch.device) -> int:
-    """Memory of this process now, counted as `peak_memory_bytes` counts; its peak where the system tells no more."""
+    """Memory of this process now, counted as `peak_memory_bytes` counts."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        return status_bytes("VmRSS")
-    except OSError:
-        return peak_memory_bytes(device)
+    return psutil.Process().memory_info().rss
 
 
 def status_bytes(field: str) -> int:

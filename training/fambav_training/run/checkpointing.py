@@ -91,8 +91,11 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _digest_of_file(path: Path) -> str:
+    digest = hashlib.new(_DIGEST)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _DIGEST).hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _digest_of_json(content: dict[str, Any]) -> str:

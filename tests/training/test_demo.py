@@ -1,0 +1,65 @@
+"""`make demo`: what it compares, and that a digit is classified with the model that it trained."""
+
+import json
+import subprocess
+
+import pytest
+
+import demo
+from support.helpers import save_classifier
+
+LENGTHS = {"none": [17, 17, 17], "upper": [17, 15, 13]}
+
+
+def results(strategy: str) -> dict:
+    return {
+        "top1": 97.5 if strategy == "none" else 96.25,
+        "train_seconds": 40.0 if strategy == "none" else 30.0,
+        "images_per_second": 400.0,
+        "start_memory_bytes": 500 * 2**20,
+        "peak_memory_bytes": 700 * 2**20,
+        "sequence_lengths": LENGTHS[strategy],
+        "device": "cpu: a test",
+    }
+
+
+def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def run(command, **_):
+        """Stands for the training script: a random model with the results above."""
+        commands.append(command)
+        options = dict(word.removeprefix("--").split("=") for word in command if "=" in word)
+        folder = save_classifier(demo.OUTPUT / options["fusion_strategy"], num_labels=10)
+        (folder / "all_results.json").write_text(json.dumps(results(options["fusion_strategy"])))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    demo.main()
+    printed = capsys.readouterr().out
+    assert [[word for word in command if "fusion_strategy" in word] for command in commands] == [
+        ["--fusion_strategy=none"],
+        ["--fusion_strategy=upper"],
+    ]
+    none, upper = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith(("| none", "| upper"))
+    )
+    assert none == ["none", "97.50", "40.0", "400", "700", "200", "17 17 17"]
+    assert upper == ["upper", "96.25", "30.0", "400", "700", "200", "17 15 13"]
+    assert "Fusion left 88% of the tokens to scan; training took 75% of the time." in printed
+    assert "Measured on cpu: a test" in printed
+    assert "pipeline('outputs/demo/upper') says:" in printed and printed.count("LABEL_") == 3
+    assert {path.name for path in demo.OUTPUT.iterdir()} == {"none", "upper", "demo.png", "digit.png"}
+
+
+def test_a_run_that_fails_ends_the_demo(tmp_path, monkeypatch):
+    def fail(command, **_):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(subprocess.CalledProcessError):
+        demo.main()
+    assert not (tmp_path / "outputs").exists()

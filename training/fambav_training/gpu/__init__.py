@@ -1,0 +1,1 @@
+"""What is known of GPU kernels without a GPU."""
