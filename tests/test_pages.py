@@ -237,9 +237,9 @@ def test_the_answer_in_the_readme_is_that_of_the_checkpoint():
     text = README.read_text(encoding="utf-8")
     (folder,) = re.findall(r'^folder = "model_cards/([\w-]+)"$', text, re.MULTILINE)
     (image,) = re.findall(r"examples/([\w.]+)\"", text)
-    shown = re.findall(r"\{'label': '(\w+)', 'score': ([\d.]+)\}", text)
     answers = read_json(folder, "examples", "answers.json")[image]
-    assert [(a["label"], pytest.approx(a["score"], abs=1e-3)) for a in answers] == [(n, float(s)) for n, s in shown]
+    shown = "\n".join(f"{answer['label']}: {answer['score']:.1%}" for answer in answers)
+    assert f"```\n{shown}\n```" in text
 
 
 def test_every_checkpoint_in_the_index_is_as_it_was_scored():
