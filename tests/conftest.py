@@ -5,7 +5,7 @@ import os
 # OpenMP threads that wait without spinning: on a busy machine spinning ones take the cores from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # Small tensors are faster without threads; tests of threads ask for their own.
 torch.set_num_threads(1)

@@ -74,8 +74,8 @@ TABLE_1 = (
     "top-1, paper | time saved, paper |"
 )
 TABLE_2 = (
-    "| fusion begins at layer, paper (ours) | top-1, % | top-5, % | processor time | saved, of what the tokens allow | "
-    "top-1, paper | time saved, paper |"
+    "| fusion begins at layer, paper (ours) | top-1, % | top-5, % | processor time | "
+    "saved, of what the tokens allow | top-1, paper | time saved, paper |"
 )
 TABLE_3 = (
     "| tokens per fused layer, paper (in all, ours) | top-1, % | top-5, % | processor time | "
@@ -209,8 +209,8 @@ def test_the_floor_is_what_was_measured():
     floor = read_json("benchmarks", "cpu_2_cores", "benchmark.json")["floor"]
     forward, products, scans = (1000 * floor[name] for name in ("forward", "matrix products", "scans"))
     sentence = (
-        f"A forward pass without fusion takes {forward:.0f} ms, its matrix products alone {products:.0f} ms, its scans "
-        f"alone {scans:.0f} ms: {forward / (products + scans):.2f} times the sum of the two."
+        f"A forward pass without fusion takes {forward:.0f} ms, its matrix products alone {products:.0f} ms, its "
+        f"scans alone {scans:.0f} ms: {forward / (products + scans):.2f} times the sum of the two."
     )
     assert sentence in " ".join(MODEL_CARDS.read_text(encoding="utf-8").split())
 
@@ -237,9 +237,9 @@ def test_the_answer_in_the_readme_is_that_of_the_checkpoint():
     text = README.read_text(encoding="utf-8")
     (folder,) = re.findall(r'^folder = "model_cards/([\w-]+)"$', text, re.MULTILINE)
     (image,) = re.findall(r"examples/([\w.]+)\"", text)
-    shown = re.findall(r"\{'label': '(\w+)', 'score': ([\d.]+)\}", text)
     answers = read_json(folder, "examples", "answers.json")[image]
-    assert [(a["label"], pytest.approx(a["score"], abs=1e-3)) for a in answers] == [(n, float(s)) for n, s in shown]
+    shown = "\n".join(f"{answer['label']}: {answer['score']:.1%}" for answer in answers)
+    assert f"```\n{shown}\n```" in text
 
 
 def test_every_checkpoint_in_the_index_is_as_it_was_scored():

@@ -209,7 +209,7 @@ def _connect(repo_id: str) -> HfApi:
 
 
 def _refuse_token(files: dict[str, Path], token: str) -> None:
-    for name, path in files.items():
+    for path in files.values():
         if path.stat().st_size < _SEARCHED_BYTES and token.encode() in path.read_bytes():
             raise PublishError(f"{path}: contains your token; nothing was sent. Remove it, and replace the token")
 

@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, name: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get(name)
         owner = name.split("/")[0]
-        if repository is None or repository.is_private and (self._user is None or self._user.name != owner):
+        if repository is None or (repository.is_private and (self._user is None or self._user.name != owner)):
             raise _Refused(404 if self._user else 401, "Repository not found", "RepoNotFound")
         if write:
             self._check_write(owner)

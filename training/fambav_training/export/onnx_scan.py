@@ -35,5 +35,5 @@ def recurrence(x: FLOAT, delta: FLOAT, A: FLOAT, B: FLOAT, C: FLOAT) -> FLOAT:
         y = op.MatMul(output, next_state)
         return next_state, y
 
-    last_state, y = op.Scan(first_state, steps, drives, inputs, outputs, body=advance, num_scan_inputs=4)
+    _last_state, y = op.Scan(first_state, steps, drives, inputs, outputs, body=advance, num_scan_inputs=4)
     return op.Transpose(op.Squeeze(y, op.Constant(value_ints=[3])), perm=[1, 2, 0, 3])
