@@ -18,6 +18,7 @@ from .numba_channels import (
     pad_channels,
     row_dtype,
 )
+from .numba_functions import sigmoid
 from .numba_jobs import (
     Operand,
     buffer,
@@ -31,7 +32,12 @@ from .numba_jobs import (
     scratch,
     sizes,
 )
-from .numba_vectors import WIDE, full_wide, load_wide, sigmoid, store
+from .numba_vectors import (
+    WIDE,
+    full_wide,
+    load_wide,
+    store,
+)
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 

@@ -15,8 +15,9 @@ Vectors are read from and written to rows of float32 (4 bytes) and of bfloat16 (
 bytes is a constant, the compiler drops the other case.
 
 Operators: + - * /. Functions: load, store (a vector), load_scalar, store_scalar (a float32), load_index, store_index
-(an int64), fetch_add, full, maximum, where_greater, exp2, add_products, reduce_sum, store_sums, and exp, sigmoid,
-softplus, softplus_and_sigmoid made of them. load_wide and full_wide make vectors of WIDE lanes.
+(an int64), prefetch, fetch_add, full, full_like, maximum, where_greater, add_products, reduce_sum, store_sums.
+load_wide and full_wide make vectors of WIDE lanes. Exponentials are in numba_functions.py, made with same_floats,
+same_ints, as_ints and as_floats, which are LLVM's constants and instructions.
 """
 
 import operator
@@ -25,7 +26,8 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import carray as carray
 from numba import cfunc as cfunc
-from numba import njit, types
+from numba import njit as njit
+from numba import types
 from numba.core import config
 from numba.extending import intrinsic as intrinsic
 from numba.extending import models, overload, register_model
@@ -44,7 +46,7 @@ WIDE = 64 if _has_avx512() else LANES
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _INDEX, _HALF = ir.IntType(64), ir.IntType(16)
 # Multiply and add may become one fused instruction; nothing else about floating point is relaxed.
-_CONTRACT = ("contract",)
+CONTRACT = ("contract",)
 
 
 class _VectorType(types.Type):
@@ -63,22 +65,22 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(data_model_manager, frontend_type, ir.VectorType(_FLOAT, frontend_type.lanes))
 
 
-def _floats(lanes: int, value: float) -> ir.Constant:
+def same_floats(lanes: int, value: float) -> ir.Constant:
     """The same float32 in all lanes."""
     return ir.Constant(ir.VectorType(_FLOAT, lanes), [ir.Constant(_FLOAT, float(np.float32(value)))] * lanes)
 
 
-def _ints(lanes: int, value: int) -> ir.Constant:
+def same_ints(lanes: int, value: int) -> ir.Constant:
     """The same integer in all lanes."""
     return ir.Constant(ir.VectorType(_INT, lanes), [ir.Constant(_INT, value)] * lanes)
 
 
-def _as_ints(builder, value):
+def as_ints(builder, value):
     """The bits of float32 lanes."""
     return builder.bitcast(value, ir.VectorType(_INT, value.type.count))
 
 
-def _as_floats(builder, bits):
+def as_floats(builder, bits):
     return builder.bitcast(bits, ir.VectorType(_FLOAT, bits.type.count))
 
 
@@ -113,7 +115,7 @@ def _loader(vector: _VectorType):
                     bits = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 2), halves))
                     bits.align = 2
                     # A bfloat16 is the upper half of a float32
-                    widened = _as_floats(builder, builder.shl(builder.zext(bits, ints), _ints(vector.lanes, 16)))
+                    widened = as_floats(builder, builder.shl(builder.zext(bits, ints), same_ints(vector.lanes, 16)))
                     from_half = builder.block
                 with otherwise:
                     value = builder.load(_pointer(builder, *args, ir.Constant(_INDEX, 4), floats))
@@ -134,10 +136,10 @@ load, load_wide = _loader(_vector), _loader(_wide_vector)
 
 def _round_to_bfloat16(builder, value):
     """The nearest bfloat16, the even one of two that are as near; NaN stays NaN."""
-    bits, lanes = _as_ints(builder, value), value.type.count
-    is_odd = builder.and_(builder.lshr(bits, _ints(lanes, 16)), _ints(lanes, 1))
-    rounded = builder.lshr(builder.add(builder.add(bits, _ints(lanes, 0x7FFF)), is_odd), _ints(lanes, 16))
-    rounded = builder.select(builder.fcmp_unordered("uno", value, value), _ints(lanes, 0x7FC0), rounded)
+    bits, lanes = as_ints(builder, value), value.type.count
+    is_odd = builder.and_(builder.lshr(bits, same_ints(lanes, 16)), same_ints(lanes, 1))
+    rounded = builder.lshr(builder.add(builder.add(bits, same_ints(lanes, 0x7FFF)), is_odd), same_ints(lanes, 16))
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), same_ints(lanes, 0x7FC0), rounded)
     return builder.trunc(rounded, ir.VectorType(_HALF, lanes))
 
 
@@ -157,6 +159,23 @@ def store(typing_context, rows, row, column, value):
         return context.get_dummy_value()
 
     return types.void(rows_type, types.intp, types.intp, value), generate
+
+
+_PREFETCH = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _INT, _INT, _INT])
+
+
+@intrinsic
+def prefetch(typing_context, rows, row, column):
+    """Begin to bring a value of one row into the cache. Reads nothing, so there need not be such a row."""
+
+    def generate(context, builder, signature, args):
+        pointer = _pointer(builder, *args, builder.extract_value(args[0], 2), ir.IntType(8))
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], _PREFETCH)
+        is_write, in_all_caches, is_data = (ir.Constant(_INT, number) for number in (0, 3, 1))
+        builder.call(function, [pointer, is_write, in_all_caches, is_data])
+        return context.get_dummy_value()
+
+    return types.void(rows_type, types.intp, types.intp), generate
 
 
 def _access(value_type, llvm_type, item_bytes):
@@ -203,7 +222,7 @@ def _filler(vector: _VectorType):
         def generate(context, builder, signature, args):
             undefined = ir.Constant(ir.VectorType(_FLOAT, vector.lanes), ir.Undefined)
             first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
-            return builder.shuffle_vector(first, undefined, _ints(vector.lanes, 0))
+            return builder.shuffle_vector(first, undefined, same_ints(vector.lanes, 0))
 
         return vector(types.float32), generate
 
@@ -213,11 +232,23 @@ def _filler(vector: _VectorType):
 full, full_wide = _filler(_vector), _filler(_wide_vector)
 
 
+@intrinsic
+def full_like(typing_context, value, like):
+    """The same value in as many lanes as `like` has."""
+
+    def generate(context, builder, signature, args):
+        undefined = ir.Constant(args[1].type, ir.Undefined)
+        first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
+        return builder.shuffle_vector(first, undefined, same_ints(args[1].type.count, 0))
+
+    return like(types.float32, like), generate
+
+
 def _binary(instruction: str):
     @intrinsic
     def operation(typing_context, left, right):
         def generate(context, builder, signature, args):
-            return getattr(builder, instruction)(*args, flags=_CONTRACT)
+            return getattr(builder, instruction)(*args, flags=CONTRACT)
 
         return left(left, left), generate
 
@@ -270,9 +301,9 @@ def add_products(typing_context, total, left, right):
         total, left, right = args
         for first in range(0, left.type.count, LANES):
             product = builder.fmul(
-                _part(builder, left, first, LANES), _part(builder, right, first, LANES), flags=_CONTRACT
+                _part(builder, left, first, LANES), _part(builder, right, first, LANES), flags=CONTRACT
             )
-            total = builder.fadd(total, product, flags=_CONTRACT)
+            total = builder.fadd(total, product, flags=CONTRACT)
         return total
 
     return _vector(_vector, left, left), generate
@@ -320,120 +351,3 @@ def store_sums(typing_context, rows, row, column, a, b, c, d):
         return context.get_dummy_value()
 
     return types.void(rows_type, types.intp, types.intp, _vector, _vector, _vector, _vector), generate
-
-
-def _exp2_polynomial(degree: int) -> list[float]:
-    """Coefficients, lowest first, of a near-minimax polynomial of 2^f for |f| <= 0.5."""
-    nodes = 0.5 * np.cos(np.pi * (np.arange(200) + 0.5) / 200)
-    fit = np.polynomial.Chebyshev.fit(nodes, 2.0**nodes, degree, domain=[-0.5, 0.5])
-    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
-
-
-# Relative error 1e-7, the rounding of float32 itself; one degree less has 3e-6, which would add up along the scan.
-_EXP2_COEFFICIENTS = _exp2_polynomial(degree=5)
-
-
-# Added to a float32 of less than 2^22, it leaves the nearest integer in the lower bits
-_ROUND = 1.5 * 2**23
-
-
-def _exp2(smallest: float, largest: float | None):
-    """Make an exp2 of exponents that are clamped to [smallest, largest]."""
-
-    @intrinsic
-    def exp2(typing_context, exponent):
-        def generate(context, builder, signature, args):
-            exponent, lanes = args[0], args[0].type.count
-            for bound, comparison in ((smallest, "<"), (largest, ">")):
-                if bound is not None:
-                    limit = _floats(lanes, bound)
-                    exponent = builder.select(builder.fcmp_ordered(comparison, exponent, limit), limit, exponent)
-            shifted = builder.fadd(exponent, _floats(lanes, _ROUND))
-            rest = builder.fsub(exponent, builder.fsub(shifted, _floats(lanes, _ROUND)))
-            result = _floats(lanes, _EXP2_COEFFICIENTS[-1])
-            for coefficient in reversed(_EXP2_COEFFICIENTS[:-1]):
-                product = builder.fmul(result, rest, flags=_CONTRACT)
-                result = builder.fadd(product, _floats(lanes, coefficient), flags=_CONTRACT)
-            power_bits = builder.shl(_as_ints(builder, shifted), _ints(lanes, 23))
-            return _as_floats(builder, builder.add(_as_ints(builder, result), power_bits))
-
-        return exponent(exponent), generate
-
-    return exp2
-
-
-# 2 to the power of the lanes: 2^k times a polynomial of the rest. The power of two is an addition to the exponent
-# bits, which is why the smallest normal numbers stay out.
-exp2 = _exp2(-125.0, 126.0)
-exp2_of_negative = _exp2(-125.0, None)
-
-
-def _log1p_polynomial(degree: int) -> list[float]:
-    """Coefficients, lowest first, of a near-minimax polynomial of log(1 + u) / u for 0 <= u <= 1."""
-    nodes = 0.5 + 0.5 * np.cos(np.pi * (np.arange(200) + 0.5) / 200)
-    fit = np.polynomial.Chebyshev.fit(nodes, np.log1p(nodes) / nodes, degree, domain=[0, 1])
-    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
-
-
-_LOG2_E = np.float32(np.log2(np.e))
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-# Relative error 1.6e-7
-_LOG1P_COEFFICIENTS = tuple(np.float32(coefficient) for coefficient in _log1p_polynomial(degree=8))
-
-
-@intrinsic
-def _same(typing_context, value, like):
-    """A float32 in as many lanes as `like` has."""
-
-    def generate(context, builder, signature, args):
-        undefined = ir.Constant(args[1].type, ir.Undefined)
-        first = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
-        return builder.shuffle_vector(first, undefined, _ints(args[1].type.count, 0))
-
-    return like(types.float32, like), generate
-
-
-@njit(inline="always")
-def sigmoid(x):
-    """1 / (1 + e^-x)"""
-    return _same(_ONE, x) / (_same(_ONE, x) + exp2(x * _same(-_LOG2_E, x)))
-
-
-@intrinsic
-def _minus_magnitude(typing_context, x):
-    """-|x|"""
-
-    def generate(context, builder, signature, args):
-        sign = _ints(args[0].type.count, -(2**31))
-        return _as_floats(builder, builder.or_(_as_ints(builder, args[0]), sign))
-
-    return x(x), generate
-
-
-@njit(inline="always")
-def _exp_of_minus_magnitude(x):
-    """e^-|x|"""
-    return exp2_of_negative(_minus_magnitude(x) * _same(_LOG2_E, x))
-
-
-@njit(inline="always")
-def _softplus(x, u):
-    """log(1 + e^x) = max(x, 0) + log1p(u) with u = e^-|x| in (0, 1]"""
-    series = _same(_LOG1P_COEFFICIENTS[8], x)
-    for k in range(7, -1, -1):
-        series = series * u + _same(_LOG1P_COEFFICIENTS[k], x)
-    return maximum(x, _same(_ZERO, x)) + u * series
-
-
-@njit(inline="always")
-def softplus(x):
-    """log(1 + e^x)"""
-    return _softplus(x, _exp_of_minus_magnitude(x))
-
-
-@njit(inline="always")
-def softplus_and_sigmoid(x):
-    """log(1 + e^x) and its derivative"""
-    u = _exp_of_minus_magnitude(x)
-    numerator = where_greater(x, _same(_ZERO, x), _same(_ONE, x), u)
-    return _softplus(x, u), numerator / (_same(_ONE, x) + u)

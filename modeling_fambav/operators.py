@@ -18,6 +18,7 @@ _SOURCES = (
     "bidirectional_scan",
     "causal_conv1d_numba",
     "numba_channels",
+    "numba_functions",
     "numba_jobs",
     "numba_vectors",
     "operators",

@@ -30,6 +30,7 @@ from .numba_channels import (
     pad_channels,
     row_dtype,
 )
+from .numba_functions import exp2_of_negative, sigmoid, softplus, softplus_and_sigmoid
 from .numba_jobs import (
     Operand,
     buffer,
@@ -47,15 +48,11 @@ from .numba_vectors import (
     LANES,
     WIDE,
     add_products,
-    exp2_of_negative,
     full,
     full_wide,
     load,
     load_scalar,
     load_wide,
-    sigmoid,
-    softplus,
-    softplus_and_sigmoid,
     store,
     store_sums,
 )

@@ -6,20 +6,17 @@ import torch
 
 pytest.importorskip("numba")
 
-from modeling_fambav.numba_jobs import kernel, launch, next_task, open_job, rows, sizes
+from modeling_fambav.numba_functions import exp2, exp2_of_negative, sigmoid, softplus, softplus_and_sigmoid
+from modeling_fambav.numba_jobs import Operand, buffer, kernel, launch, next_task, open_job, rows, sizes
 from modeling_fambav.numba_vectors import (
     LANES,
     WIDE,
     add_products,
-    exp2,
-    exp2_of_negative,
     full,
     load,
     load_wide,
+    prefetch,
     reduce_sum,
-    sigmoid,
-    softplus,
-    softplus_and_sigmoid,
     store,
     store_scalar,
     store_sums,
@@ -48,9 +45,10 @@ def _apply(address):
 
 
 def _results(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    results = torch.empty(6, len(values))
-    launch(_apply, 1, (len(values),), [values.view(1, -1), results])
-    return dict(zip(("exp2", "exp2_of_negative", "sigmoid", "softplus", "delta", "slope"), results))
+    width = len(values)
+    results = buffer("results", 6, width)
+    launch(_apply, 1, (width,), [Operand("x", values.view(1, -1), 1, width), results])
+    return dict(zip(("exp2", "exp2_of_negative", "sigmoid", "softplus", "delta", "slope"), results.tensor))
 
 
 def _expected(values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -110,8 +108,27 @@ def test_sums_of_lanes():
     # Small whole numbers: exact in any order
     x = torch.randint(-50, 50, (5, WIDE), generator=torch.Generator().manual_seed(0)).float()
     y = torch.arange(WIDE).float().view(1, -1)
-    results = torch.zeros(3, 4)
-    launch(_reduce, 1, (), [x, y, results])
+    results = buffer("results", 3, 4, fill=0.0)
+    launch(_reduce, 1, (), [Operand("x", x, 5, WIDE), Operand("y", y, 1, WIDE), results])
+    results = results.tensor
     assert torch.equal(results[0], x[:4, :LANES].sum(1))
     assert torch.equal(results[1], x[:4, :LANES].sum(1))
     assert results[2, 0] == LANES + (x[4] * y).sum()
+
+
+@kernel
+def _fetch(address):
+    """result (1, 1): 1, after fetching rows that do not exist."""
+    job = open_job(address, 1)
+    result = rows(job, 0)
+    while next_task(job) >= 0:
+        for row in range(-2, 3):
+            prefetch((np.int64(0), np.int64(1 << 40), np.int64(4)), row, 0)
+        store_scalar(result, 0, 0, np.float32(1.0))
+
+
+def test_rows_that_do_not_exist_can_be_fetched():
+    """Kernels fetch rows ahead of those they work on, beyond the last one too; a load there would end the process."""
+    result = buffer("result", 1, 1, fill=0.0)
+    launch(_fetch, 1, (), [result])
+    assert result.tensor.item() == 1

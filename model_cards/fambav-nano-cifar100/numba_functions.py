@@ -1,0 +1,1 @@
+../../modeling_fambav/numba_functions.py
