@@ -9,16 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .numba_jobs import Operand, inlined, launch
+from .numba_vectors import LANES, prefetch
 
 # Dtypes of rows with a value per token and channel.
 FLOATS = (torch.float32, torch.bfloat16)
 # Channels of one task, so that a step reads runs of whole cache lines.
 BLOCK = 64
+# Rows from the one that is worked on to the one that is fetched from memory meanwhile. The distance between rows is
+# that of whole tokens, which processors do not foresee.
+AHEAD = 4
 
 
 @inlined
 def ceil_div(number, divisor):
     return (number + divisor - 1) // divisor
+
+
+@inlined
+def fetch_block(rows, row, start):
+    """Begin to bring a block of channels of one row, if there is such a row, into the cache."""
+    for c in range(0, BLOCK, LANES):
+        prefetch(rows, row, start + c)
 
 
 def row_dtype(tensor: Tensor) -> torch.dtype:

@@ -12,6 +12,8 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 
+Rows are fetched from memory, those to be written too, a few steps ahead of their use.
+
 What does not depend on the state (the time steps, the gate) is computed for many tokens before the scan, which is then
 one loop over time and states. A block of channels is few vectors of WIDE lanes, see numba_vectors.py.
 """
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from .backends import CHUNK_STEPS, states_shape
 from .numba_channels import (
+    AHEAD,
     BLOCK,
     FLOATS,
     as_rows,
     as_rows_of_any,
     ceil_div,
+    fetch_block,
     launch_blocks,
     pad_channels,
     row_dtype,
@@ -120,6 +124,9 @@ def _scan_forward(address):
                     t = _position(g, first + i, num_tokens)
                     image_row = b * num_tokens + t
                     row = g * batch_size * num_tokens + image_row
+                    ahead = row + (AHEAD if g == 0 else -AHEAD)
+                    fetch_block(x, ahead, start)
+                    fetch_block(dt, ahead, start)
                     scale = full_wide(_scale_of(dt_scale, image_row))
                     for c in range(0, BLOCK, WIDE):
                         x_t = load_wide(x, row, start + c)
@@ -141,12 +148,16 @@ def _scan_forward(address):
                         store(sums, t, c, y)
 
         for t in range(num_tokens):
+            row = b * num_tokens + t
+            fetch_block(out, row + AHEAD, start)
+            if z[0] != 0:
+                fetch_block(z, row + AHEAD, start)
             for c in range(0, BLOCK, WIDE):
                 y = load_wide(sums, t, c) * full_wide(share)
                 if z[0] != 0:
-                    gate = load_wide(z, b * num_tokens + t, start + c)
+                    gate = load_wide(z, row, start + c)
                     y = y * gate * sigmoid(gate)
-                store(out, b * num_tokens + t, start + c, y)
+                store(out, row, start + c, y)
     keep((h_array, delta_array, drive_array, sum_array))
 
 
@@ -194,10 +205,14 @@ def _scan_backward(address):
 
         y_array[:] = 0.0
         for t in range(num_tokens):
+            row = b * num_tokens + t
+            fetch_block(dout, row + AHEAD, start)
+            if z[0] != 0:
+                fetch_block(z, row + AHEAD, start)
             for c in range(0, BLOCK, WIDE):
-                dy = load_wide(dout, b * num_tokens + t, start + c) * full_wide(share)
+                dy = load_wide(dout, row, start + c) * full_wide(share)
                 if z[0] != 0:
-                    gate = load_wide(z, b * num_tokens + t, start + c)
+                    gate = load_wide(z, row, start + c)
                     gate_sigmoid = sigmoid(gate)
                     # d silu(z) / dz = s (1 + z (1 - s))
                     slope = gate_sigmoid * (full_wide(_ONE) + gate * (full_wide(_ONE) - gate_sigmoid))
@@ -212,11 +227,17 @@ def _scan_backward(address):
             for chunk in range(num_chunks - 1, -1, -1):
                 first = chunk * _CHUNK
                 steps = min(_CHUNK, num_tokens - first)
+                kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
+                for n in range(state_size):
+                    fetch_block(states, kept + n, start)
 
                 for i in range(steps):
                     t = _position(g, first + i, num_tokens)
                     image_row = b * num_tokens + t
                     row = g * batch_size * num_tokens + image_row
+                    ahead = row + (AHEAD if g == 0 else -AHEAD)
+                    fetch_block(x, ahead, start)
+                    fetch_block(dt, ahead, start)
                     scale = full_wide(_scale_of(dt_scale, image_row))
                     for c in range(0, BLOCK, WIDE):
                         x_t = load_wide(x, row, start + c)
@@ -227,7 +248,6 @@ def _scan_backward(address):
                         store(slopes, i, c, scale * slope)
                         store(ys, t, c, load_wide(ys, t, c) + load_wide(D, g, start + c) * x_t)
 
-                kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
                 _copy_rows(h, 0, 0, states, kept, start, state_size)
                 for i in range(steps):
                     t = _position(g, first + i, num_tokens)
@@ -250,6 +270,9 @@ def _scan_backward(address):
                 for i in range(steps - 1, -1, -1):
                     t = _position(g, first + i, num_tokens)
                     row = (g * batch_size + b) * num_tokens + t
+                    ahead = row + (-AHEAD if g == 0 else AHEAD)
+                    fetch_block(dx, ahead, start)
+                    fetch_block(ddt, ahead, start)
                     for c in range(0, BLOCK, WIDE):
                         delta, x_t, dy = load_wide(deltas, i, c), load_wide(xs, i, c), load_wide(dys, t, c)
                         drive = delta * x_t
@@ -280,6 +303,7 @@ def _scan_backward(address):
 
         if z[0] != 0:
             for t in range(num_tokens):
+                fetch_block(dz, b * num_tokens + t + AHEAD, start)
                 for c in range(0, BLOCK, WIDE):
                     store(dz, b * num_tokens + t, start + c, load_wide(ys, t, c) * load_wide(dgates, t, c))
     keep((h_array, decay_array, x_array, delta_array, slope_array, dy_array, y_array, dgate_array))
