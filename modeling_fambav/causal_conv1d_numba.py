@@ -10,10 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from .numba_channels import (
+    AHEAD,
     BLOCK,
     FLOATS,
     as_rows,
     as_rows_of_any,
+    fetch_block,
     launch_blocks,
     pad_channels,
     row_dtype,
@@ -82,6 +84,7 @@ def _conv_forward(address):
         _load_tokens(tokens, x, b, num_tokens, start, kernel_size)
         for g in range(num_directions):
             for t in range(num_tokens):
+                fetch_block(out, (g * batch_size + b) * num_tokens + t + AHEAD, start)
                 for c in range(0, BLOCK, WIDE):
                     u = _convolved(tokens, weight, bias, g, t, start, c, kernel_size)
                     store(out, (g * batch_size + b) * num_tokens + t, start + c, u * sigmoid(u))
@@ -109,6 +112,7 @@ def _conv_backward(address):
         for g in range(num_directions):
             first = g * padded + kernel_size - 1
             for t in range(num_tokens):
+                fetch_block(dout, (g * batch_size + b) * num_tokens + t + AHEAD, start)
                 for c in range(0, BLOCK, WIDE):
                     u = _convolved(tokens, weight, bias, g, t, start, c, kernel_size)
                     s = sigmoid(u)
@@ -129,6 +133,7 @@ def _conv_backward(address):
                         total = total + load_wide(du, first + t, c) * token
                     store(dweight, image_direction * kernel_size + k, start + c, total)
         for t in range(num_tokens):
+            fetch_block(dx, b * num_tokens + t + AHEAD, start)
             for c in range(0, BLOCK, WIDE):
                 total = full_wide(_ZERO)
                 for g in range(num_directions):
