@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-# All files of the package but the configuration, the model and the public names
+# All files of the package but the configuration, the embeddings, the model and the public names
 _SOURCES = (
     "backends",
     "bidirectional_scan",
