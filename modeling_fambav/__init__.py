@@ -3,9 +3,9 @@
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from .backends import selective_scan_backend, set_selective_scan_backend
 from .configuration_fambav import FambaVConfig
 from .modeling_fambav import FambaVBackbone, FambaVForImageClassification, FambaVModel, FambaVPreTrainedModel
-from .selective_scan import selective_scan_backend, set_selective_scan_backend
 from .token_fusion import Matching, match_tokens, unmerge
 
 __version__ = "0.1.0"

@@ -7,11 +7,30 @@ K - 1 tokens of zeros and ends before as many, so that no tap has to ask whether
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .numba_channels import BLOCK, as_rows, as_rows_of_any, launch_blocks, pad_channels, row_dtype
-from .numba_jobs import inlined, keep, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
+from .numba_channels import (
+    BLOCK,
+    FLOATS,
+    as_rows,
+    as_rows_of_any,
+    launch_blocks,
+    pad_channels,
+    row_dtype,
+)
+from .numba_jobs import (
+    Operand,
+    buffer,
+    inlined,
+    keep,
+    kernel,
+    next_task,
+    open_job,
+    rows,
+    rows_of_any,
+    scratch,
+    sizes,
+)
 from .numba_vectors import WIDE, full_wide, load_wide, sigmoid, store
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -118,29 +137,39 @@ def _conv_backward(address):
 # ---- tensors in, tensors out ----
 
 
-def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
-    inputs = [as_rows_of_any(pad_channels(x)), as_rows(pad_channels(weight.mT)), as_rows(pad_channels(bias))]
-    return inputs, (weight.shape[0], *x.shape[:2], inputs[0].shape[-1], weight.shape[-1])
+def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Operand], tuple[int, ...]]:
+    """The tensors that both kernels begin with, as rows, and their shape."""
+    num_directions, width, kernel_size = weight.shape
+    x_rows = as_rows_of_any(pad_channels(x))
+    channels = x_rows.shape[1]
+    inputs = [
+        Operand("x", x_rows, x.shape[0] * x.shape[1], channels, FLOATS),
+        Operand("weight", as_rows(pad_channels(weight.mT)), num_directions * kernel_size, channels),
+        Operand("bias", as_rows(pad_channels(bias)), num_directions, channels),
+    ]
+    return inputs, (num_directions, *x.shape[:2], channels, kernel_size)
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`causal_conv1d` without gradients."""
     inputs, shape = _conv_inputs(x, weight, bias)
     num_directions, batch_size, num_tokens, channels, _ = shape
-    out = torch.empty(num_directions * batch_size * num_tokens, channels, dtype=row_dtype(x))
+    out = buffer("out", num_directions * batch_size * num_tokens, channels, row_dtype(x))
     launch_blocks(_conv_forward, shape, [*inputs, out])
-    return out[:, : x.shape[-1]].contiguous().view(num_directions, *x.shape).to(x.dtype)
+    return out.tensor[:, : x.shape[-1]].contiguous().view(num_directions, *x.shape).to(x.dtype)
 
 
 def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, in bfloat16 if x is and else in float32, and of weight and bias, in float32."""
     inputs, shape = _conv_inputs(x, weight, bias)
     num_directions, batch_size, num_tokens, channels, kernel_size = shape
-    dx = torch.empty(batch_size * num_tokens, channels, dtype=row_dtype(x))
-    dweight = torch.empty(batch_size * num_directions * kernel_size, channels)
-    dbias = torch.empty(batch_size * num_directions, channels)
-    launch_blocks(_conv_backward, shape, [*inputs, as_rows_of_any(pad_channels(dout)), dx, dweight, dbias])
-    dweight = dweight.view(batch_size, num_directions, kernel_size, channels).sum(0)
-    dbias = dbias.view(batch_size, num_directions, channels).sum(0)
+    num_rows = batch_size * num_tokens
+    dout = Operand("dout", as_rows_of_any(pad_channels(dout)), num_directions * num_rows, channels, FLOATS)
+    dx = buffer("dx", num_rows, channels, row_dtype(x))
+    dweight = buffer("dweight", batch_size * num_directions * kernel_size, channels)
+    dbias = buffer("dbias", batch_size * num_directions, channels)
+    launch_blocks(_conv_backward, shape, [*inputs, dout, dx, dweight, dbias])
+    dweight = dweight.tensor.view(batch_size, num_directions, kernel_size, channels).sum(0)
+    dbias = dbias.tensor.view(batch_size, num_directions, channels).sum(0)
     width = x.shape[-1]
-    return dx[:, :width].contiguous().view(x.shape), dweight[..., :width].mT, dbias[:, :width]
+    return dx.tensor[:, :width].contiguous().view(x.shape), dweight[..., :width].mT, dbias[:, :width]

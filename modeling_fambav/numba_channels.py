@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numba_jobs import inlined, launch
+from .numba_jobs import Operand, inlined, launch
 
+# Dtypes of rows with a value per token and channel.
+FLOATS = (torch.float32, torch.bfloat16)
 # Channels of one task, so that a step reads runs of whole cache lines.
 BLOCK = 64
 
@@ -41,6 +43,6 @@ def pad_channels(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-def launch_blocks(kernel, shape: tuple[int, ...], tensors: list[Tensor | None]) -> None:
+def launch_blocks(kernel, shape: tuple[int, ...], operands: list[Operand]) -> None:
     """Run a kernel on rows. `shape` is (G, B, T, E, N or K)."""
-    launch(kernel, shape[1] * -(-shape[3] // BLOCK), shape, tensors)
+    launch(kernel, shape[1] * -(-shape[3] // BLOCK), shape, operands)

@@ -16,37 +16,29 @@ so any thread may run it without a Python thread state. It takes tasks until non
 """
 
 import ctypes
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .numba_vectors import carray, cfunc, fetch_add, intrinsic, njit, types
+from .operators import digest_of
+
+logger = logging.get_logger(__name__)
 
 _NUM_TASKS, _SIZES, _TENSORS = 1, 2, 7  # where these begin in a job
 
 inlined = njit(inline="always", error_model="numpy")
 
 
-_SHARED_SOURCES = ("numba_vectors.py", "numba_jobs.py", "numba_channels.py", "selective_scan.py")
-
-
-def _digest_of_sources() -> str:
-    """Of the files, beside its own, that a kernel has functions and constants from."""
-    digest = hashlib.sha256()
-    for name in _SHARED_SOURCES:
-        try:
-            digest.update(__loader__.get_data(str(Path(__file__).with_name(name))))  # which may be in a zip file
-        except OSError:
-            pass  # there are only compiled files, of which none changes without the others
-    return digest.hexdigest()[:8]
-
-
-_SOURCES = _digest_of_sources()
+# Files, beside its own, that a kernel has functions and constants from
+_SHARED_SOURCES = ("numba_vectors", "numba_jobs", "numba_channels", "backends")
+_SUFFIX = digest_of(_SHARED_SOURCES)
+_SIGNATURE = types.void(types.CPointer(types.int64))
 
 
 def kernel(function):
@@ -55,8 +47,27 @@ def kernel(function):
     numba compiles it again when the file of the kernel has changed, but does not look at the files that this one
     imports. Their digest becomes part of the name of the file on disk: an upgrade must not run code of before.
     """
-    function.__qualname__ += f"_{_SOURCES}"
-    return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(function)
+    function.__qualname__ += f"_{_SUFFIX}"
+    try:
+        return cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+    except Exception as error:  # a folder that is read-only, full, or holds damaged files; or the compiler
+        compiled = cfunc(_SIGNATURE, error_model="numpy")(function)  # which then fails again
+        _warn_that_nothing_is_kept(error)
+        return compiled
+
+
+_has_warned = False
+
+
+def _warn_that_nothing_is_kept(error: Exception) -> None:
+    global _has_warned
+    if not _has_warned:
+        logger.warning(
+            "Famba-V's compiled CPU kernels cannot be kept on disk "
+            f"({type(error).__name__}: {' '.join(str(error).split())}), so every process compiles them again. "
+            "Set NUMBA_CACHE_DIR to a folder that can be written to, or empty the one that is there."
+        )
+    _has_warned = True
 
 
 # ---- inside kernels ----
@@ -109,6 +120,53 @@ def next_task(job):
     return task if task < job[_NUM_TASKS] else types.int64(-1)
 
 
+# ---- tensors ----
+
+
+class Operand(NamedTuple):
+    """A tensor, and what a kernel, which sees nothing but its address, takes it for.
+
+    Attributes:
+        name (`str`): for messages.
+        tensor (`Tensor` of shape `(num_rows, num_columns)`, *optional*): on the CPU, the last dimension contiguous;
+            None if it is absent.
+        num_rows, num_columns (`int`): what the kernel reads and writes.
+        dtypes (`tuple[torch.dtype, ...]`): those that the kernel knows there.
+    """
+
+    name: str
+    tensor: Tensor | None
+    num_rows: int
+    num_columns: int
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+
+
+def buffer(name: str, num_rows: int, num_columns: int, dtype: torch.dtype = torch.float32, fill=None) -> Operand:
+    """A new tensor for a kernel to write to, whatever torch's default dtype and device are."""
+    shape = (num_rows, num_columns)
+    if fill is None:
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    else:
+        tensor = torch.full(shape, fill, dtype=dtype, device="cpu")
+    return Operand(name, tensor, num_rows, num_columns, (dtype,))
+
+
+def _address(kernel, operand: Operand) -> tuple[int, int, int]:
+    """Address, bytes from row to row, and bytes per value, of what has been checked."""
+    name, tensor, num_rows, num_columns, dtypes = operand
+    if tensor is None:
+        return 0, 0, 0
+    if tensor.device.type != "cpu" or tensor.dtype not in dtypes or tensor.shape != (num_rows, num_columns):
+        raise ValueError(
+            f"{name} of the kernel {kernel.__name__} is {tensor.dtype} of shape {tuple(tensor.shape)} on "
+            f"{tensor.device}: expected {' or '.join(map(str, dtypes))} of shape {(num_rows, num_columns)} on cpu"
+        )
+    if num_columns > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"{name} of the kernel {kernel.__name__} has strides {tensor.stride()}: expected (any, 1)")
+    item_bytes = tensor.element_size()
+    return tensor.data_ptr(), tensor.stride(0) * item_bytes, item_bytes
+
+
 # ---- threads ----
 
 
@@ -140,20 +198,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def launch(kernel, num_tasks: int, sizes: tuple[int, ...], tensors: list[Tensor | None]) -> None:
+def launch(kernel, num_tasks: int, sizes: tuple[int, ...], operands: list[Operand]) -> None:
     """Run a kernel on `torch.get_num_threads()` threads, this one included.
 
     Args:
         kernel: made by `@kernel`.
         num_tasks: tasks to hand out.
         sizes: at most five numbers.
-        tensors: float32, bfloat16 or int64, of two dimensions, the last one contiguous; None where one is absent.
+        operands: the kernel's tensors, in its order.
+
+    Raises:
+        ValueError: if a tensor is not what the kernel takes it for; no memory has been touched.
     """
     global _pool
     job = [0, num_tasks, *sizes, *[0] * (5 - len(sizes))]
-    for tensor in tensors:
-        item_bytes = 0 if tensor is None else tensor.element_size()
-        job += [0, 0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0) * item_bytes, item_bytes]
+    for operand in operands:
+        job += _address(kernel, operand)
     job = np.array(job, dtype=np.int64)
     address = job.ctypes.data
     num_threads = min(torch.get_num_threads(), num_tasks)

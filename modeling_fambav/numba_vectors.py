@@ -22,17 +22,13 @@ softplus, softplus_and_sigmoid made of them. load_wide and full_wide make vector
 import operator
 
 import numpy as np
-
-try:
-    from llvmlite import binding, ir
-    from numba import carray as carray
-    from numba import cfunc as cfunc
-    from numba import njit, types
-    from numba.core import config
-    from numba.extending import intrinsic as intrinsic
-    from numba.extending import models, overload, register_model
-except ImportError as error:
-    raise ImportError("The CPU kernels of Famba-V need numba: `pip install numba`.") from error
+from llvmlite import binding, ir
+from numba import carray as carray
+from numba import cfunc as cfunc
+from numba import njit, types
+from numba.core import config
+from numba.extending import intrinsic as intrinsic
+from numba.extending import models, overload, register_model
 
 
 def _has_avx512() -> bool:

@@ -3,11 +3,14 @@
 Plain torch is a chain of six passes over the tokens on a CPU; the kernel (rms_norm_numba.py) is one.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .selective_scan import uses_cpu_kernels
+from .backends import provides, uses_cpu_kernels
+from .operators import define
 
 _LANES = 16
 
@@ -28,38 +31,42 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(weight.dtype)
 
 
-# ---- the kernel as a torch operator, for torch.compile, autocast, checkpointing and export ----
+@provides("numba")
+def _kernels() -> tuple[Callable, Callable]:
+    from .rms_norm_numba import rms_norm_backward, rms_norm_forward
+
+    return rms_norm_forward, rms_norm_backward
 
 
-@torch.library.custom_op("fambav::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+# ---- the kernel as a torch operator ----
+
+
+def _compute(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm, and 1 / sqrt(mean(x^2) + eps) of every token."""
-    from .rms_norm_numba import rms_norm_forward
-
-    return rms_norm_forward(x, weight, eps)
+    return _kernels()[0](x, weight, eps)
 
 
-@_rms_norm.register_fake
-def _(x, weight, eps):
+def _shapes(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1])
 
 
-@torch.library.custom_op("fambav::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(dout: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    from .rms_norm_numba import rms_norm_backward
-
-    return rms_norm_backward(dout, x, weight, inverse)
+def _compute_backward(dout: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return _kernels()[1](dout, x, weight, inverse)
 
 
-@_rms_norm_backward.register_fake
-def _(dout, x, weight, inverse):
+def _backward_shapes(dout, x, weight, inverse):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+_rms_norm_backward = define("rms_norm_backward", _compute_backward, _backward_shapes)
 
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2], output[1])
 
 
-_rms_norm.register_autograd(
-    lambda ctx, dout, _: (*_rms_norm_backward(dout, *ctx.saved_tensors), None), setup_context=_save
-)
+def _backward(ctx, dout, _):
+    return *_rms_norm_backward(dout, *ctx.saved_tensors), None
+
+
+_rms_norm = define("rms_norm", _compute, _shapes, _save, _backward)

@@ -1,10 +1,9 @@
 """CPU kernels of the root-mean-square norm, compiled by numba at first use. A task is a run of tokens."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .numba_jobs import kernel, launch, next_task, open_job, rows, sizes
+from .numba_jobs import Operand, buffer, kernel, launch, next_task, open_job, rows, sizes
 from .numba_vectors import LANES, full, load, load_scalar, reduce_sum, store, store_scalar
 
 # Tokens of one task
@@ -61,18 +60,29 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     """The norm of `(..., D)`, and the inverse root mean square `(...)` of every token."""
     width = x.shape[-1]
     tokens = x.detach().contiguous().view(-1, width)
-    out, inverse = torch.empty_like(tokens), torch.empty(len(tokens), 1)
-    inputs = [tokens, weight.detach().view(1, -1), torch.full((1, 1), eps)]
-    launch(_forward, -(-len(tokens) // _TOKENS), (len(tokens), width), [*inputs, out, inverse])
-    return out.view(x.shape), inverse.view(x.shape[:-1])
+    num_tokens = tokens.shape[0]
+    out, inverse = buffer("out", num_tokens, width), buffer("inverse", num_tokens, 1)
+    inputs = [
+        Operand("x", tokens, num_tokens, width),
+        Operand("weight", weight.detach().contiguous().view(1, -1), 1, width),
+        buffer("eps", 1, 1, fill=eps),
+    ]
+    launch(_forward, -(-num_tokens // _TOKENS), (num_tokens, width), [*inputs, out, inverse])
+    return out.tensor.view(x.shape), inverse.tensor.view(x.shape[:-1])
 
 
 def rms_norm_backward(dout: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     width = x.shape[-1]
     tokens, dout = x.contiguous().view(-1, width), dout.contiguous().view(-1, width)
-    num_tasks = -(-len(tokens) // _TOKENS)
-    dx, dweight = torch.empty_like(tokens), torch.zeros(num_tasks, width)
-    inputs = [dout, tokens, weight.view(1, -1), inverse.view(-1, 1)]
-    launch(_backward, num_tasks, (len(tokens), width), [*inputs, dx, dweight])
-    return dx.view(x.shape), dweight.sum(0)
+    num_tokens = tokens.shape[0]
+    num_tasks = -(-num_tokens // _TOKENS)
+    dx, dweight = buffer("dx", num_tokens, width), buffer("dweight", num_tasks, width, fill=0)
+    inputs = [
+        Operand("dout", dout, num_tokens, width),
+        Operand("x", tokens, num_tokens, width),
+        Operand("weight", weight.contiguous().view(1, -1), 1, width),
+        Operand("inverse", inverse.contiguous().view(-1, 1), num_tokens, 1),
+    ]
+    launch(_backward, num_tasks, (num_tokens, width), [*inputs, dx, dweight])
+    return dx.tensor.view(x.shape), dweight.tensor.sum(0)

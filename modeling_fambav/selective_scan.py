@@ -17,37 +17,26 @@ Glossary
         y_t = C_t h_t + D x_t
         out = silu(z) * mean over directions of y
 
-`selective_scan` and `causal_conv1d` are the API. They choose a backend by device and by what is installed, unless
-`set_selective_scan_backend` or the environment variable FAMBAV_SCAN_BACKEND names one; `selective_scan_backend` tells
-which it is. Backends are files of their own: selective_scan_numba.py (CPU), selective_scan_triton.py and
-selective_scan_mamba_ssm.py (CUDA) and selective_scan_torch.py (anywhere); `selective_scan_reference` is what all of
-them are tested against.
+`selective_scan` and `causal_conv1d` are the API; backends.py chooses the backend. Backends are files of their own:
+selective_scan_numba.py (CPU), selective_scan_triton.py and selective_scan_mamba_ssm.py (CUDA) and
+selective_scan_torch.py (anywhere); `selective_scan_reference` is what all of them are tested against.
 """
 
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
+from .backends import HAS_KERNELS, provides, selective_scan_backend, states_shape
+from .operators import define
 from .selective_scan_torch import conv as torch_conv
 from .selective_scan_torch import gated_mean, time_steps
 from .selective_scan_torch import scan as torch_scan
 
-logger = logging.get_logger(__name__)
-
-
-class _Backend(NamedTuple):
-    module: str  # that it needs
-    package: str  # that provides the module
-    devices: tuple[str, ...] | None  # that it serves; None is all
-
 
 class ScanKernels(NamedTuple):
-    """Functions that a backend with kernels of ours provides, see selective_scan_numba.py."""
+    """Functions that a backend in `HAS_KERNELS` provides, see selective_scan_numba.py and causal_conv1d_numba.py."""
 
     scan_forward: Callable
     scan_backward: Callable
@@ -55,22 +44,31 @@ class ScanKernels(NamedTuple):
     conv_backward: Callable
 
 
-# By device, the first one that is installed is chosen.
-_BACKENDS = {
-    "numba": _Backend("numba", "numba", ("cpu",)),
-    "mamba-ssm": _Backend("mamba_ssm", "mamba-ssm", ("cuda",)),
-    "triton": _Backend("triton", "triton", ("cuda",)),
-    "torch": _Backend("torch", "torch", None),
-}
-# Backends with kernels of ours, see `ScanKernels`; the others are functions of their own.
-HAS_KERNELS = ("numba", "triton")
-# Steps between the states that the forward pass keeps for the backward pass; the states and decays of a chunk fit the
-# second-level cache of a CPU, or the registers of a GPU's processors.
-CHUNK_STEPS = {"numba": 64, "triton": 32}
-# Channels of the kept states come in whole blocks.
-VECTOR_CHANNELS = {"numba": 64, "triton": 1}
-_INSTALLED = {name: importlib.util.find_spec(backend.module) is not None for name, backend in _BACKENDS.items()}
-_chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
+@provides("numba")
+def _numba_kernels() -> ScanKernels:
+    from .causal_conv1d_numba import conv_backward, conv_forward
+    from .selective_scan_numba import scan_backward, scan_forward
+
+    return ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)
+
+
+@provides("triton")
+def _triton_kernels() -> ScanKernels:
+    from .selective_scan_triton import conv_backward, conv_forward, scan_backward, scan_forward
+
+    return ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)
+
+
+@provides("mamba-ssm")
+def _mamba_ssm_scan() -> Callable:
+    from .selective_scan_mamba_ssm import scan
+
+    return scan
+
+
+def kernels_of(backend: str) -> ScanKernels:
+    """The kernels of a backend in `HAS_KERNELS`."""
+    return {"numba": _numba_kernels, "triton": _triton_kernels}[backend]()
 
 
 def selective_scan(
@@ -109,9 +107,7 @@ def selective_scan(
     if backend in HAS_KERNELS:
         return _fused_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale, torch.is_grad_enabled(), backend)[0]
     if backend == "mamba-ssm":
-        from .selective_scan_mamba_ssm import scan as mamba_ssm_scan
-
-        return mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+        return _mamba_ssm_scan()(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     return torch_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
 
 
@@ -135,62 +131,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if backend in HAS_KERNELS:
         return _fused_conv(x, weight, bias, backend)
     return torch_conv(x, weight, bias)
-
-
-def selective_scan_backend(tensor: Tensor) -> str:
-    """Name of the backend that scans a tensor like this one: `"numba"`, `"mamba-ssm"`, `"triton"` or `"torch"`.
-
-    Raises:
-        ValueError: if the backend that was asked for does not exist or does not serve the tensor's device.
-        ImportError: if it is not installed.
-    """
-    device = tensor.device.type
-    if _chosen is not None:
-        _check_backend(_chosen)
-        devices = _BACKENDS[_chosen].devices
-        # Triton's interpreter runs its kernels on the CPU, for tests
-        is_interpreted = _chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        if devices is not None and device not in devices and not is_interpreted:
-            raise ValueError(f"scan backend {_chosen!r}: expected a tensor on one of {devices}, got {device!r}")
-        return _chosen
-    if tensor.dtype == torch.float64:
-        return "torch"  # the kernels compute in float32
-    serving = [name for name, backend in _BACKENDS.items() if backend.devices is None or device in backend.devices]
-    installed = next(name for name in serving if _INSTALLED[name])
-    if installed == "torch" and not torch.compiler.is_compiling():
-        packages = " or ".join(f"`pip install {_BACKENDS[name].package}`" for name in serving if name != "torch")
-        remedy = f"{packages} provides kernels" if packages else "there are no kernels for it"
-        logger.warning_once(f"Famba-V scans with plain torch operations on {device!r}, which is slow; {remedy}.")
-    return installed
-
-
-def uses_cpu_kernels(tensor: Tensor) -> bool:
-    """Whether compiled CPU kernels serve a tensor like this one."""
-    return tensor.device.type == "cpu" and selective_scan_backend(tensor) == "numba"
-
-
-def set_selective_scan_backend(name: str | None) -> str | None:
-    """Use this backend from now on: `"numba"`, `"mamba-ssm"`, `"triton"`, `"torch"`, or None to choose by device.
-
-    Returns:
-        what it was before.
-
-    Raises:
-        ValueError: if there is no such backend.
-        ImportError: if it is not installed.
-    """
-    global _chosen
-    if name is not None:
-        _check_backend(name)
-    previous, _chosen = _chosen, name
-    return previous
-
-
-def _check_backend(name: str) -> None:
-    if name not in _BACKENDS:
-        raise ValueError(f"scan backend {name!r}: expected one of {sorted(_BACKENDS)}")
-    if not _INSTALLED[name]:
-        raise ImportError(f"the scan backend {name} is not installed: `pip install {_BACKENDS[name].package}`")
 
 
 def selective_scan_reference(
@@ -257,32 +197,10 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape}")
 
 
-# ---- kernels as torch operators, for torch.compile, autocast, checkpointing and export ----
-# numba and triton are imported inside them: at the first scan, not when a model is imported.
+# ---- kernels as torch operators ----
 
 
-def states_shape(backend: str, x: Tensor, A: Tensor, keep_states: bool) -> tuple[int, int]:
-    """Shape of the states that `scan_forward` of a backend keeps, (G * B * chunks * N, channels); no row if none are.
-
-    Known without the kernels: a model can be traced where numba cannot be imported.
-    """
-    num_directions, batch_size, num_tokens, channels = x.shape
-    num_chunks = -(-num_tokens // CHUNK_STEPS[backend]) if keep_states else 0
-    lanes = VECTOR_CHANNELS[backend]
-    return num_directions * batch_size * num_chunks * A.shape[-1], -(-channels // lanes) * lanes
-
-
-def kernels_of(backend: str) -> ScanKernels:
-    """The kernels of a backend in `HAS_KERNELS`."""
-    if backend == "numba":
-        from .selective_scan_numba import KERNELS
-    else:
-        from .selective_scan_triton import KERNELS
-    return KERNELS
-
-
-@torch.library.custom_op("fambav::selective_scan", mutates_args=())
-def _fused_scan(
+def _compute_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -299,13 +217,11 @@ def _fused_scan(
     return kernels_of(backend).scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
 
 
-@_fused_scan.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states, backend):
+def _scan_shapes(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states, backend):
     return x.new_empty(x.shape[1:]), x.new_empty(states_shape(backend, x, A, keep_states), dtype=torch.float32)
 
 
-@torch.library.custom_op("fambav::selective_scan_backward", mutates_args=())
-def _fused_scan_backward(
+def _compute_scan_backward(
     dout: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -327,9 +243,11 @@ def _fused_scan_backward(
     ]
 
 
-@_fused_scan_backward.register_fake
-def _(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, backend):
+def _scan_backward_shapes(dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, backend):
     return [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D, z, dt_bias) if tensor is not None]
+
+
+_fused_scan_backward = define("selective_scan_backward", _compute_scan_backward, _scan_backward_shapes)
 
 
 def _save_scan(ctx, inputs, output):
@@ -344,30 +262,29 @@ def _backward_of_scan(ctx, dout, _):
     return *differentiable, None, None, None
 
 
-_fused_scan.register_autograd(_backward_of_scan, setup_context=_save_scan)
+_fused_scan = define("selective_scan", _compute_scan, _scan_shapes, _save_scan, _backward_of_scan)
 
 
-@torch.library.custom_op("fambav::causal_conv1d", mutates_args=())
-def _fused_conv(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+def _compute_conv(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     return kernels_of(backend).conv_forward(x, weight, bias)
 
 
-@_fused_conv.register_fake
-def _(x, weight, bias, backend):
+def _conv_shapes(x, weight, bias, backend):
     return x.new_empty(weight.shape[0], *x.shape)
 
 
-@torch.library.custom_op("fambav::causal_conv1d_backward", mutates_args=())
-def _fused_conv_backward(
+def _compute_conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = kernels_of(backend).conv_backward(dout, x, weight, bias)
     return dx.to(x.dtype), dweight.to(weight.dtype).contiguous(), dbias.to(bias.dtype).contiguous()
 
 
-@_fused_conv_backward.register_fake
-def _(dout, x, weight, bias, backend):
+def _conv_backward_shapes(dout, x, weight, bias, backend):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias))
+
+
+_fused_conv_backward = define("causal_conv1d_backward", _compute_conv_backward, _conv_backward_shapes)
 
 
 def _save_conv(ctx, inputs, output):
@@ -379,4 +296,4 @@ def _backward_of_conv(ctx, dout):
     return *_fused_conv_backward(dout, *ctx.saved_tensors, ctx.backend), None
 
 
-_fused_conv.register_autograd(_backward_of_conv, setup_context=_save_conv)
+_fused_conv = define("causal_conv1d", _compute_conv, _conv_shapes, _save_conv, _backward_of_conv)

@@ -1,5 +1,6 @@
 """The selective scan on mamba-ssm's compiled CUDA kernel. Names are those of `selective_scan.py`."""
 
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
 from .selective_scan_torch import gated_mean, in_scan_order, time_steps
@@ -20,15 +21,7 @@ def scan(
 
     Its kernel knows one direction and wants `(B, channels, T)`. Both directions are stacked on the channels, the
     backward one flipped, and B and C form one group per direction, so that one launch scans them all.
-
-    Raises:
-        ImportError: if mamba-ssm is not installed.
     """
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError as error:
-        raise ImportError("the scan backend mamba-ssm is not installed: `pip install mamba-ssm`") from error
-
     softplus_in_kernel = dt_scale is None
     if not softplus_in_kernel:
         dt, dt_bias = time_steps(dt, dt_bias, dt_scale), None

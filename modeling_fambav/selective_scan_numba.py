@@ -17,12 +17,32 @@ one loop over time and states. A block of channels is few vectors of WIDE lanes,
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .causal_conv1d_numba import conv_backward, conv_forward
-from .numba_channels import BLOCK, as_rows, as_rows_of_any, ceil_div, launch_blocks, pad_channels, row_dtype
-from .numba_jobs import inlined, keep, kernel, next_task, open_job, rows, rows_of_any, scratch, sizes
+from .backends import CHUNK_STEPS, states_shape
+from .numba_channels import (
+    BLOCK,
+    FLOATS,
+    as_rows,
+    as_rows_of_any,
+    ceil_div,
+    launch_blocks,
+    pad_channels,
+    row_dtype,
+)
+from .numba_jobs import (
+    Operand,
+    buffer,
+    inlined,
+    keep,
+    kernel,
+    next_task,
+    open_job,
+    rows,
+    rows_of_any,
+    scratch,
+    sizes,
+)
 from .numba_vectors import (
     LANES,
     WIDE,
@@ -39,7 +59,6 @@ from .numba_vectors import (
     store,
     store_sums,
 )
-from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
 
 _CHUNK = CHUNK_STEPS["numba"]
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -273,7 +292,7 @@ def _scan_backward(address):
 # ---- tensors in, tensors out ----
 
 
-def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor | None], tuple[int, ...]]:
+def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Operand], tuple[int, ...]]:
     """The tensors that both scan kernels begin with, as rows, and their shape."""
     if dt_bias is None:
         dt_bias = D.new_zeros(D.shape)
@@ -281,8 +300,22 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Tensor |
     x_, dt, z = (None if tensor is None else as_rows_of_any(pad_channels(tensor)) for tensor in (x, dt, z))
     A, D, dt_bias = (as_rows(pad_channels(tensor)) for tensor in (A, D, dt_bias))
     dt_scale = None if dt_scale is None else as_rows(dt_scale).reshape(-1, 1)
-    inputs = [x_, dt, A, as_rows(B), as_rows(C), D, z, dt_bias, dt_scale]
-    return inputs, (*x.shape[:3], x_.shape[-1], B.shape[-1])
+    num_directions, batch_size, num_tokens = x.shape[:3]
+    channels, state_size = x_.shape[-1], B.shape[-1]
+    image_rows = batch_size * num_tokens
+    num_rows = num_directions * image_rows
+    inputs = [
+        Operand("x", x_, num_rows, channels, FLOATS),
+        Operand("dt", dt, num_rows, channels, FLOATS),
+        Operand("A", A, num_directions * state_size, channels),
+        Operand("B", as_rows(B), num_rows, state_size),
+        Operand("C", as_rows(C), num_rows, state_size),
+        Operand("D", D, num_directions, channels),
+        Operand("z", z, image_rows, channels, FLOATS),
+        Operand("dt_bias", dt_bias, num_directions, channels),
+        Operand("dt_scale", dt_scale, image_rows, 1),
+    ]
+    return inputs, (num_directions, batch_size, num_tokens, channels, state_size)
 
 
 def scan_forward(
@@ -305,10 +338,11 @@ def scan_forward(
     """
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     _, batch_size, num_tokens, channels, _ = shape
-    states = torch.empty(states_shape("numba", x, A, keep_states))
-    out = torch.empty(batch_size * num_tokens, channels, dtype=row_dtype(x))
-    launch_blocks(_scan_forward, shape, [*inputs, out, states if keep_states else None])
-    return out[:, : x.shape[-1]].contiguous().view(x.shape[1:]).to(x.dtype), states
+    states = buffer("states", *states_shape("numba", x, A, keep_states))
+    out = buffer("out", batch_size * num_tokens, channels, row_dtype(x))
+    kept = states if keep_states else states._replace(tensor=None)
+    launch_blocks(_scan_forward, shape, [*inputs, out, kept])
+    return out.tensor[:, : x.shape[-1]].contiguous().view(x.shape[1:]).to(x.dtype), states.tensor
 
 
 def scan_backward(
@@ -329,15 +363,23 @@ def scan_backward(
     Those of x, dt and z are in bfloat16 if these are, all others in float32."""
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     num_directions, batch_size, num_tokens, channels, state_size = shape
-    num_rows, num_blocks = num_directions * batch_size * num_tokens, -(-channels // BLOCK)
-    dx, ddt = (torch.empty(num_rows, channels, dtype=row_dtype(tensor)) for tensor in (x, dt))
-    dA = torch.empty(batch_size * num_directions * state_size, channels)
+    image_rows, image_directions = batch_size * num_tokens, batch_size * num_directions
+    num_rows, num_blocks = num_directions * image_rows, -(-channels // BLOCK)
+    dout = Operand("dout", as_rows_of_any(pad_channels(dout)), image_rows, channels, FLOATS)
+    states = Operand("states", states, *states_shape("numba", x, A, keep_states=True))
     whole_fours = -(-state_size // 4) * 4
-    dB, dC = torch.empty(num_blocks * num_rows, whole_fours), torch.empty(num_blocks * num_rows, whole_fours)
-    dD, ddt_bias = (torch.empty(batch_size * num_directions, channels) for _ in range(2))
-    dz = None if z is None else torch.empty(batch_size * num_tokens, channels, dtype=row_dtype(z))
-    outputs = [dx, ddt, dA, dB, dC, dD, dz, ddt_bias]
-    launch_blocks(_scan_backward, shape, [*inputs, as_rows_of_any(pad_channels(dout)), states, *outputs])
+    outputs = [
+        buffer("dx", num_rows, channels, row_dtype(x)),
+        buffer("ddt", num_rows, channels, row_dtype(dt)),
+        buffer("dA", image_directions * state_size, channels),
+        buffer("dB", num_blocks * num_rows, whole_fours),
+        buffer("dC", num_blocks * num_rows, whole_fours),
+        buffer("dD", image_directions, channels),
+        Operand("dz", None, image_rows, channels) if z is None else buffer("dz", image_rows, channels, row_dtype(z)),
+        buffer("ddt_bias", image_directions, channels),
+    ]
+    launch_blocks(_scan_backward, shape, [*inputs, dout, states, *outputs])
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = (output.tensor for output in outputs)
 
     def whole(tensor: Tensor, *leading: int) -> Tensor:
         return tensor[..., : x.shape[-1]].reshape(*leading, x.shape[-1])
@@ -353,6 +395,3 @@ def scan_backward(
         None if z is None else whole(dz, batch_size, num_tokens),
         whole(ddt_bias, *images).sum(0),
     )
-
-
-KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

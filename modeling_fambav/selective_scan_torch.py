@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import define
+
 # Steps whose states (steps, G, B, N, E) exist at once, and steps of a block.
 _CHUNK_LENGTH = 52
 _BLOCK_LENGTH = 4
@@ -37,7 +39,7 @@ def scan(
     delta = time_steps(dt, dt_bias, dt_scale)
     x_, A, B, C, D = (tensor.to(delta.dtype) for tensor in (x, A, B, C, D))
     y = in_scan_order(
-        _recurrence(*(in_scan_order(tensor) for tensor in (x_, delta)), A, in_scan_order(B), in_scan_order(C))
+        recurrence(*(in_scan_order(tensor) for tensor in (x_, delta)), A, in_scan_order(B), in_scan_order(C))
     )
     return gated_mean(torch.addcmul(y, D[:, None, None, :], x_), z).to(x.dtype)
 
@@ -95,17 +97,11 @@ def _recurrence_in_chunks(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Ten
     return y.squeeze(3).permute(1, 2, 0, 3)
 
 
-# An operator, so that torch.compile does not unroll the loop over time; its backward pass computes the states again.
-_recurrence = torch.library.custom_op("fambav::recurrence", mutates_args=())(_recurrence_in_chunks)
-
-
-@_recurrence.register_fake
-def _(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def _shapes(x, delta, A, B, C):
     return x.new_empty(x.shape[2], *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3)
 
 
-@torch.library.custom_op("fambav::recurrence_backward", mutates_args=())
-def _recurrence_backward(
+def _compute_backward(
     dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, A, B, C.
@@ -154,16 +150,23 @@ def _recurrence_backward(
     return dx, ddelta, dA.sum(1).mT.contiguous(), dB, dC
 
 
-@_recurrence_backward.register_fake
-def _(dy, x, delta, A, B, C):
+def _backward_shapes(dy, x, delta, A, B, C):
     return tuple(torch.empty_like(tensor) for tensor in (x, delta, A, B, C))
 
 
-def _save_inputs(ctx, inputs, output):
+_recurrence_backward = define("recurrence_backward", _compute_backward, _backward_shapes)
+
+
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-_recurrence.register_autograd(lambda ctx, dy: _recurrence_backward(dy, *ctx.saved_tensors), setup_context=_save_inputs)
+def _backward(ctx, dy):
+    return _recurrence_backward(dy, *ctx.saved_tensors)
+
+
+# An operator, so that torch.compile does not unroll the loop over time; its backward pass computes the states again.
+recurrence = define("recurrence", _recurrence_in_chunks, _shapes, _save, _backward)
 
 
 def _chunk_length(x: Tensor, A: Tensor) -> int:

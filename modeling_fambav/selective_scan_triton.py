@@ -15,15 +15,11 @@ blocks are left to the caller, so that no result depends on the order in which p
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("The GPU kernels of Famba-V need triton: `pip install triton`.") from error
-
-from .selective_scan import CHUNK_STEPS, ScanKernels, states_shape
+from .backends import CHUNK_STEPS, states_shape
 
 _CHUNK = CHUNK_STEPS["triton"]
 # Channels of a program.
@@ -304,9 +300,9 @@ def scan_forward(
     """
     _, batch_size, num_tokens, channels = x.shape
     inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    states = torch.empty(states_shape("triton", x, A, keep_states), device=x.device)
+    states = torch.empty(states_shape("triton", x, A, keep_states), dtype=torch.float32, device=x.device)
     # float32, because the directions add up in it
-    out = torch.empty(batch_size, num_tokens, channels, device=x.device)
+    out = torch.empty(batch_size, num_tokens, channels, dtype=torch.float32, device=x.device)
     _scan_forward[(batch_size, triton.cdiv(channels, _BLOCK))](
         *inputs, out, states,
         batch_size, num_tokens, channels, A.shape[-1], triton.cdiv(num_tokens, _CHUNK),
@@ -337,7 +333,7 @@ def scan_backward(
     dout = _as_rows(dout)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device=x.device)
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     scratch = empty(batch_size * num_blocks, _CHUNK, options["STATE_BLOCK"], _BLOCK)
     dx, ddt = empty(*x.shape), empty(*x.shape)
@@ -377,13 +373,11 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     grid, options = _conv_launch(x, weight)
     num_directions, channels, kernel_size = weight.shape
     rows, dout, weight, bias = _as_rows(x), _as_rows(dout), weight.mT.contiguous(), bias.contiguous()
-    dx = torch.empty(x.shape, device=x.device)
-    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, device=x.device)
-    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, device=x.device)
+    buffers = {"dtype": torch.float32, "device": x.device}
+    dx = torch.empty(x.shape, **buffers)
+    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)
+    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, **buffers)
     _conv_backward[grid](
         dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options
     )
     return dx, dweight.sum(0).mT, dbias.sum(0)
-
-
-KERNELS = ScanKernels(scan_forward, scan_backward, conv_forward, conv_backward)

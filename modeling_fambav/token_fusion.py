@@ -13,12 +13,14 @@ of indices; `Matching.merge` averages values along it. All shapes are static: T 
 steps are kernels (token_fusion_numba.py); the operations here are what they are tested against.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .selective_scan import uses_cpu_kernels
+from .backends import provides, uses_cpu_kernels
+from .operators import define
 
 # As torch.nn.functional.normalize
 _SMALLEST_NORM = 1e-12
@@ -99,7 +101,7 @@ def match_tokens(
     norms = torch.linalg.vector_norm(metric, dim=-1)
     if num_tokens > 3 and uses_cpu_kernels(metric):
         if isinstance(class_index, int):
-            class_index = torch.full((batch_size, 1), class_index)
+            class_index = torch.full((batch_size, 1), class_index, dtype=torch.int64, device=metric.device)
         new_index = _match(products, norms, class_index, r, similarity, order)
     else:
         index = torch.arange(num_tokens, device=metric.device).expand(batch_size, -1)
@@ -161,43 +163,54 @@ def unmerge(hidden_states: Tensor, token_map: Tensor) -> Tensor:
     return hidden_states.gather(1, token_map.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
-# ---- kernels as torch operators, for torch.compile, autocast, checkpointing and export ----
+class FusionKernels(NamedTuple):
+    """See token_fusion_numba.py."""
+
+    match: Callable
+    merge: Callable
+    merge_backward: Callable
 
 
-@torch.library.custom_op("fambav::match_tokens", mutates_args=())
-def _match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similarity: str, order: str) -> Tensor:
-    from .token_fusion_numba import match
+@provides("numba")
+def _kernels() -> FusionKernels:
+    from .token_fusion_numba import match, merge, merge_backward
 
-    return match(products, norms, class_index, r, similarity, order)
+    return FusionKernels(match, merge, merge_backward)
 
 
-@_match.register_fake
-def _(products, norms, class_index, r, similarity, order):
+# ---- kernels as torch operators ----
+
+
+def _compute_match(
+    products: Tensor, norms: Tensor, class_index: Tensor, r: int, similarity: str, order: str
+) -> Tensor:
+    return _kernels().match(products, norms, class_index, r, similarity, order)
+
+
+def _match_shapes(products, norms, class_index, r, similarity, order):
     return class_index.new_empty(norms.shape)
 
 
-@torch.library.custom_op("fambav::merge", mutates_args=())
-def _merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
-    from .token_fusion_numba import merge
-
-    return merge(values, new_index, num_kept, weights)
+_match = define("match_tokens", _compute_match, _match_shapes)
 
 
-@_merge.register_fake
-def _(values, new_index, num_kept, weights):
+def _compute_merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
+    return _kernels().merge(values, new_index, num_kept, weights)
+
+
+def _merge_shapes(values, new_index, num_kept, weights):
     return values.new_empty(values.shape[0], num_kept, values.shape[2])
 
 
-@torch.library.custom_op("fambav::merge_backward", mutates_args=())
-def _merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
-    from .token_fusion_numba import merge_backward
-
-    return merge_backward(dmerged, new_index, weights)
+def _compute_merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
+    return _kernels().merge_backward(dmerged, new_index, weights)
 
 
-@_merge_backward.register_fake
-def _(dmerged, new_index, weights):
+def _merge_backward_shapes(dmerged, new_index, weights):
     return dmerged.new_empty(*new_index.shape, dmerged.shape[2])
+
+
+_merge_backward = define("merge_backward", _compute_merge_backward, _merge_backward_shapes)
 
 
 def _save_matching(ctx, inputs, output):
@@ -205,7 +218,8 @@ def _save_matching(ctx, inputs, output):
     ctx.save_for_backward(new_index, weights)
 
 
-_merge.register_autograd(
-    lambda ctx, dmerged: (_merge_backward(dmerged, *ctx.saved_tensors), None, None, None),
-    setup_context=_save_matching,
-)
+def _backward_of_merge(ctx, dmerged):
+    return _merge_backward(dmerged, *ctx.saved_tensors), None, None, None
+
+
+_merge = define("merge", _compute_merge, _merge_shapes, _save_matching, _backward_of_merge)

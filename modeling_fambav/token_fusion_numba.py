@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_jobs import inlined, keep, kernel, launch, next_task, open_job, rows, scratch, sizes
+from .numba_jobs import Operand, buffer, inlined, keep, kernel, launch, next_task, open_job, rows, scratch, sizes
 from .numba_vectors import (
     LANES,
     full,
@@ -25,6 +25,7 @@ _DOT, _COSINE, _EUCLIDEAN = 0, 1, 2
 SIMILARITIES = {"dot": _DOT, "cosine": _COSINE, "euclidean": _EUCLIDEAN}
 # Even tokens of one task when partners are sought
 _EVEN_BLOCK = 64
+_INDEX = (torch.int64,)
 # As torch.nn.functional.normalize
 _SMALLEST_NORM = np.float32(1e-12)
 
@@ -221,29 +222,39 @@ def match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similari
         `Tensor` of shape `(B, T)` (int64): `Matching.new_index`.
     """
     batch_size, num_tokens = norms.shape
-    new_index = torch.empty(batch_size, num_tokens, dtype=torch.int64)
-    products = products.float().contiguous().flatten(0, 1)
-    class_index = class_index.contiguous()
-    num_even = (num_tokens + 1) // 2
-    worst, partner = torch.empty(batch_size, num_even), torch.empty(batch_size, num_even, dtype=torch.int64)
+    num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
+    class_index = Operand("class_index", _indices("class_index", class_index, num_tokens), batch_size, 1, _INDEX)
+    worst = buffer("worst", batch_size, num_even)
+    partner = buffer("partner", batch_size, num_even, torch.int64)
+    new_index = buffer("new_index", batch_size, num_tokens, torch.int64)
     launch(
         _find_partners,
         batch_size * -(-num_even // _EVEN_BLOCK),
         (num_tokens, SIMILARITIES[similarity]),
-        [products, norms.float().contiguous(), class_index, worst, partner],
+        [
+            Operand("products", products.float().contiguous().flatten(0, 1), batch_size * num_even, num_odd),
+            Operand("norms", norms.float().contiguous(), batch_size, num_tokens),
+            class_index,
+            worst,
+            partner,
+        ],
     )
     launch(_choose, batch_size, (num_tokens, r, order == "appended"), [worst, partner, class_index, new_index])
-    return new_index
+    return new_index.tensor
 
 
 def merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
     """Weighted average of the tokens that share a place: `(B, T, D)` to `(B, num_kept, D)`."""
     batch_size, num_tokens, width = values.shape
     rows_ = values.detach().float().contiguous().flatten(0, 1)
-    merged = torch.zeros(batch_size * num_kept, width)
-    weights = None if weights is None else weights.float().contiguous()
-    launch(_merge, batch_size, (num_tokens, num_kept, width), [rows_, new_index.contiguous(), weights, merged])
-    return merged.view(batch_size, num_kept, width).to(values.dtype)
+    merged = buffer("merged", batch_size * num_kept, width, fill=0)
+    operands = [
+        Operand("values", rows_, batch_size * num_tokens, width),
+        *_places(new_index, num_kept, weights, batch_size, num_tokens),
+        merged,
+    ]
+    launch(_merge, batch_size, (num_tokens, num_kept, width), operands)
+    return merged.tensor.view(batch_size, num_kept, width).to(values.dtype)
 
 
 def merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
@@ -251,9 +262,29 @@ def merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -
     batch_size, num_kept, width = dmerged.shape
     num_tokens = new_index.shape[1]
     rows_ = dmerged.float().contiguous().flatten(0, 1)
-    dvalues = torch.empty(batch_size * num_tokens, width)
+    dvalues = buffer("dvalues", batch_size * num_tokens, width)
+    operands = [
+        Operand("dmerged", rows_, batch_size * num_kept, width),
+        *_places(new_index, num_kept, weights, batch_size, num_tokens),
+        dvalues,
+    ]
+    launch(_merge_backward, batch_size, (num_tokens, num_kept, width), operands)
+    return dvalues.tensor.view(batch_size, num_tokens, width).to(dmerged.dtype)
+
+
+def _places(new_index: Tensor, num_kept: int, weights: Tensor | None, *shape: int) -> list[Operand]:
+    """What both kernels of a merge know of the tokens: where each goes, and its weight."""
     weights = None if weights is None else weights.float().contiguous()
-    launch(
-        _merge_backward, batch_size, (num_tokens, num_kept, width), [rows_, new_index.contiguous(), weights, dvalues]
-    )
-    return dvalues.view(batch_size, num_tokens, width).to(dmerged.dtype)
+    return [
+        Operand("new_index", _indices("new_index", new_index, num_kept), *shape, _INDEX),
+        Operand("weights", weights, *shape),
+    ]
+
+
+def _indices(name: str, indices: Tensor, size: int) -> Tensor:
+    """Contiguous indices, all of which a kernel can follow without leaving its memory."""
+    if indices.numel() and indices.device.type != "meta":
+        smallest, largest = indices.aminmax()
+        if smallest < 0 or largest >= size:
+            raise ValueError(f"{name} from {smallest} to {largest}: expected 0 to {size - 1}")
+    return indices.contiguous()

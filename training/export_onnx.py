@@ -26,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from fambav_training.cli import add_model_flags, config_overrides
 from fambav_training.evaluation.scoring import load_classifier
 from modeling_fambav import set_selective_scan_backend
+from modeling_fambav.selective_scan_torch import recurrence as torch_recurrence
 
 TOLERANCE = 1e-4  # of a logit, in float32
 _BATCH_SIZES = (1, 2, 5)
@@ -48,7 +49,7 @@ def export_onnx(model: PreTrainedModel, path: Path) -> None:
             input_names=["pixel_values"],
             output_names=["logits"],
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-            custom_translation_table={torch.ops.fambav.recurrence.default: recurrence},
+            custom_translation_table={torch_recurrence: recurrence},
             verbose=False,
         )
         # Stack traces with the paths of this machine, more bytes than the weights of a small model
@@ -58,7 +59,7 @@ def export_onnx(model: PreTrainedModel, path: Path) -> None:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """The model runs on torch's own operations, and on none of our kernels but `fambav::recurrence`."""
+    """The model runs on torch's own operations, and on none of our kernels but `recurrence`."""
     own = set_selective_scan_backend("torch")
     try:
         yield

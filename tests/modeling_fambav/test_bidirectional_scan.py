@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import set_selective_scan_backend
-from modeling_fambav.bidirectional_scan import bidirectional_scan, bidirectional_scan_in_parts
+from modeling_fambav import backends, set_selective_scan_backend
+from modeling_fambav.bidirectional_scan import _scan, bidirectional_scan, bidirectional_scan_in_parts
 from support.helpers import gradient_of, random_tensor, scan_inputs, tolerance
 
 GPU = pytest.mark.gpu
@@ -22,7 +21,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def restored_backend(monkeypatch):
-    monkeypatch.setattr(scan_module, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", None)
 
 
 def mixer_inputs(batch_size, num_tokens, channels, state_size, rank, taps, dtype=torch.float32) -> dict[str, Tensor]:
@@ -120,7 +119,7 @@ def test_opcheck(dtype, has_scale):
     leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
     if not has_scale:
         leaves[-1] = None
-    torch.library.opcheck(torch.ops.fambav.bidirectional_scan.default, (*leaves, True, "numba"))
+    torch.library.opcheck(_scan, (*leaves, True, "numba"))
 
 
 def test_compiled_equals_eager():

@@ -8,8 +8,8 @@ from support.child_process import run_python
 from support.helpers import random_tensor, tiny_config
 
 
-@pytest.mark.parametrize("strategy", ["none", "upper"])
-@pytest.mark.parametrize("position", ["head", "middle"])
+@pytest.mark.parametrize("strategy", [pytest.param("none", marks=pytest.mark.slow), "upper"])
+@pytest.mark.parametrize("position", [pytest.param("head", marks=pytest.mark.slow), "middle"])
 def test_exported_for_any_batch_size(position, strategy, tmp_path):
     torch.manual_seed(0)
     config = tiny_config(cls_token_position=position, fusion_strategy=strategy)
@@ -24,6 +24,7 @@ def test_exported_for_any_batch_size(position, strategy, tmp_path):
             torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exported_backbone_for_any_batch_size():
     torch.manual_seed(0)
     model = FambaVBackbone(tiny_config(out_indices=[1, 3])).eval()
@@ -44,8 +45,10 @@ model = FambaVForImageClassification(config).eval()
 exported = torch.export.export(model, (torch.zeros(2, 3, 16, 16),))
 graphs = [module.graph for module in exported.graph_module.modules() if hasattr(module, "graph")]
 targets = [str(node.target) for graph in graphs for node in graph.nodes]
-operators = {target.split(".")[1] for target in targets if target.startswith("fambav.")}
+operators = {target.split(".")[1].rpartition("_")[0] for target in targets if target.startswith("fambav.")}
 print(sorted(operators))
+loaded = exported.module()(torch.zeros(2, 3, 16, 16)).logits
+torch.testing.assert_close(loaded, model(torch.zeros(2, 3, 16, 16)).logits)
 """
 
 
@@ -53,4 +56,5 @@ print(sorted(operators))
 def test_export_is_the_first_thing_a_process_does():
     process = run_python("-c", EXPORT_FIRST)
     assert process.returncode == 0, process.stderr
+    assert "Famba-V computes with plain torch operations" not in process.stderr
     assert process.stdout.strip() == "['bidirectional_scan', 'match_tokens', 'merge', 'rms_norm']"

@@ -610,8 +610,8 @@ def compiled_gradients(backend: str, **fields) -> None:
         torch.testing.assert_close(gradient, expected[name.removeprefix("_orig_mod.")], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("position", CLASS_POSITIONS)
+@pytest.mark.parametrize("order", [pytest.param("raster", marks=pytest.mark.slow), "appended"])
+@pytest.mark.parametrize("position", [pytest.param("head", marks=pytest.mark.slow), "middle"])
 def test_the_whole_model_is_one_graph(position, order):
     compiled_gradients(
         "aot_eager",

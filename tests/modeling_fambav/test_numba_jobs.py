@@ -1,5 +1,6 @@
 """What the CPU kernels are made of: rows of float32 and bfloat16, and compiled code that is not kept too long."""
 
+import importlib.util
 import os
 import re
 import zipfile
@@ -8,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.testing_utils import CaptureLogger
 
 pytest.importorskip("numba")
 
 from modeling_fambav import numba_jobs, selective_scan_numba
-from modeling_fambav.numba_jobs import kernel, launch, next_task, open_job, rows_of_any, sizes
+from modeling_fambav.numba_channels import FLOATS
+from modeling_fambav.numba_jobs import Operand, buffer, kernel, launch, next_task, open_job, rows_of_any, sizes
 from modeling_fambav.numba_vectors import LANES, load, store
 from support.child_process import REPOSITORY, run_python
 
@@ -31,9 +34,10 @@ def _copy(address):
 
 
 def _copied(values, dtype):
-    result = torch.empty(values.shape, dtype=dtype)
-    launch(_copy, len(values), (values.shape[1],), [values, result])
-    return result
+    num_rows, num_columns = values.shape
+    result = buffer("target", num_rows, num_columns, dtype)
+    launch(_copy, num_rows, (num_columns,), [Operand("source", values, num_rows, num_columns, FLOATS), result])
+    return result.tensor
 
 
 def _every_bfloat16():
@@ -63,24 +67,106 @@ def test_float32_is_rounded_as_torch_rounds_it():
     )
 
 
-def test_compiled_code_is_named_by_the_files_it_is_made_of(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.zeros(4, 16, dtype=torch.float64),
+        torch.zeros(4, 16, dtype=torch.float16),
+        torch.zeros(4, 16, dtype=torch.int64),
+        torch.zeros(4, 16, device="meta"),
+        torch.zeros(3, 16),
+        torch.zeros(4, 15),
+        torch.zeros(64),
+        torch.zeros(16, 4).mT,
+    ],
+    ids=lambda tensor: f"{tensor.dtype}{list(tensor.shape)}{tensor.device}{tensor.stride()}",
+)
+def test_a_kernel_refuses_what_it_would_misread(source):
+    target = buffer("target", 4, 16, fill=7)
+    with pytest.raises(ValueError, match=r"^source of the kernel _copy (is|has) .*: expected"):
+        launch(_copy, 4, (16,), [Operand("source", source, 4, 16, FLOATS), target])
+    assert torch.equal(target.tensor, torch.full((4, 16), 7.0))
+    zeros = Operand("source", torch.zeros(4, 16), 4, 16)
+    with pytest.raises(ValueError, match="^target of the kernel _copy"):
+        launch(_copy, 4, (16,), [zeros, Operand("target", source, 4, 16)])
+
+
+def test_compiled_code_is_named_by_the_files_it_is_made_of():
     """numba looks only at the file of a kernel; code that was compiled with other helpers would crash."""
     package = Path(numba_jobs.__file__).parent
     names = set()
     for path in package.glob("*_numba.py"):
         imported = re.findall(r"^from \.(\w+) import", path.read_text(), flags=re.MULTILINE)
-        names |= {f"{name}.py" for name in imported if not name.endswith("_numba")}
+        names |= {name for name in imported if not name.endswith("_numba")}
     assert names == set(numba_jobs._SHARED_SOURCES) and len(names) >= 4
-    for name in names:
-        (tmp_path / name).write_text("before")
-    monkeypatch.setattr(numba_jobs, "__file__", str(tmp_path / "numba_jobs.py"))
-    before = numba_jobs._digest_of_sources()
-    for name in names:
-        (tmp_path / name).write_text("after")
-        assert numba_jobs._digest_of_sources() != before
-        (tmp_path / name).write_text("before")
-    assert numba_jobs._digest_of_sources() == before
     assert re.fullmatch(r"_scan_forward_[0-9a-f]{8}", selective_scan_numba._scan_forward.__wrapped__.__qualname__)
+
+
+_DOUBLE = """
+import numpy as np
+from modeling_fambav.numba_jobs import kernel, open_job, rows, sizes
+from modeling_fambav.numba_vectors import load_scalar, store_scalar
+
+
+@kernel
+def double(address):
+    job = open_job(address, 1)
+    values = rows(job, 0)
+    for column in range(sizes(job)[0]):
+        store_scalar(values, 0, column, np.float32(2.0) * load_scalar(values, 0, column))
+"""
+
+
+def _doubled(path: Path) -> tuple[list[float], str]:
+    """Compile a kernel of a new file, or load it from the files beside it, and run it; also what was logged."""
+    path.write_text(_DOUBLE)
+    os.utime(path, (0, 0))  # numba compiles a file again that is newer
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with CaptureLogger(numba_jobs.logger) as captured:
+        spec.loader.exec_module(module)
+    values = buffer("values", 1, 3, fill=4)
+    launch(module.double, 1, (3,), [values])
+    return values.tensor[0].tolist(), captured.out
+
+
+@pytest.fixture
+def no_warning_yet(monkeypatch):
+    monkeypatch.setattr(numba_jobs, "_has_warned", False)
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+
+
+def test_compiled_code_is_kept_beside_its_file(no_warning_yet, tmp_path):
+    assert _doubled(tmp_path / "kernels.py") == ([8.0] * 3, "")
+    assert {path.suffix for path in (tmp_path / "__pycache__").iterdir()} >= {".nbi", ".nbc"}
+
+
+def test_without_a_place_to_keep_compiled_code(no_warning_yet, monkeypatch, tmp_path):
+    def is_read_only(locator):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("numba.core.caching._CacheLocator.ensure_cache_path", is_read_only)
+    values, said = _doubled(tmp_path / "kernels.py")
+    assert values == [8.0] * 3
+    assert said.count("\n") == 1 and "no locator available" in said and "Set NUMBA_CACHE_DIR to a folder" in said
+    assert _doubled(tmp_path / "kernels.py") == ([8.0] * 3, "")  # said once
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("kept_bytes", [0, 100])
+def test_damaged_compiled_code(no_warning_yet, tmp_path, suffix, kept_bytes):
+    _doubled(tmp_path / "kernels.py")
+    (damaged,) = (tmp_path / "__pycache__").glob(f"*{suffix}")
+    damaged.write_bytes(damaged.read_bytes()[:kept_bytes])
+    values, said = _doubled(tmp_path / "kernels.py")
+    assert values == [8.0] * 3
+    assert "cannot be kept on disk" in said and "empty the one that is there" in said
+
+
+def test_a_kernel_that_cannot_be_compiled_says_why(no_warning_yet):
+    with pytest.raises(Exception, match="nonsense"), CaptureLogger(numba_jobs.logger) as captured:
+        kernel(lambda address: address.nonsense)
+    assert captured.out == ""
 
 
 @pytest.mark.slow
@@ -89,14 +175,10 @@ def test_a_package_in_a_zip_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
         for path in package.glob("*.py"):
             archive.write(path, f"modeling_fambav/{path.name}")
-    code = (
-        "from modeling_fambav import numba_jobs; "
-        "print(numba_jobs.__file__, numba_jobs._digest_of_sources() == numba_jobs._SOURCES)"
-    )
+    code = "from modeling_fambav import numba_jobs; print(numba_jobs.__file__, numba_jobs._SUFFIX)"
     result = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package.zip"))
     assert result.returncode == 0, result.stderr
-    assert "package.zip" in result.stdout and result.stdout.endswith("True\n")
-    assert numba_jobs._SOURCES == numba_jobs._digest_of_sources()
+    assert "package.zip" in result.stdout and result.stdout.endswith(f" {numba_jobs._SUFFIX}\n")
 
 
 # By one thread and by two: results, forward and backward, of the scan and the convolution

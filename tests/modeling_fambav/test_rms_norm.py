@@ -4,15 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import set_selective_scan_backend
-from modeling_fambav.rms_norm import rms_norm
+from modeling_fambav import backends, set_selective_scan_backend
+from modeling_fambav.rms_norm import _rms_norm, rms_norm
 from support.helpers import gradient_of, random_tensor
 
 
 @pytest.fixture(autouse=True)
 def numba_backend(monkeypatch):
-    monkeypatch.setattr(scan_module, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", None)
     set_selective_scan_backend("numba")
 
 
@@ -48,4 +47,4 @@ def test_a_wider_stream_gives_the_dtype_of_the_weights():
 
 def test_opcheck():
     inputs = (random_tensor(2, 5, 32, seed=1).requires_grad_(), random_tensor(32, seed=2).requires_grad_(), 1e-5)
-    torch.library.opcheck(torch.ops.fambav.rms_norm.default, inputs)
+    torch.library.opcheck(_rms_norm, inputs)

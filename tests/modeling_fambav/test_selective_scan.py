@@ -3,8 +3,6 @@
 import functools
 import math
 import multiprocessing
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -13,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.testing_utils import CaptureLogger
-from transformers.utils import logging
 
 import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import selective_scan_backend, set_selective_scan_backend
+from modeling_fambav import backends, set_selective_scan_backend
 from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+from modeling_fambav.selective_scan_torch import recurrence
 from support.helpers import (
     gradient_of,
     random_tensor,
@@ -33,10 +30,9 @@ from support.helpers import (
 @pytest.fixture(autouse=True)
 def restored_settings():
     """Tests may choose a backend and a number of threads."""
-    chosen, num_threads = scan_module._chosen, torch.get_num_threads()
-    set_selective_scan_backend(None)
+    chosen, num_threads = set_selective_scan_backend(None), torch.get_num_threads()
     yield
-    scan_module._chosen = chosen
+    backends._chosen = chosen
     torch.set_num_threads(num_threads)
 
 
@@ -405,51 +401,7 @@ def test_gradcheck_of_the_torch_convolution():
     assert torch.autograd.gradcheck(causal_conv1d, leaves)
 
 
-# ---- choice of the backend, wrong arguments ----
-
-
-def test_backend_by_device_and_dtype(monkeypatch):
-    monkeypatch.setitem(scan_module._INSTALLED, "numba", True)
-    monkeypatch.setitem(scan_module._INSTALLED, "mamba-ssm", True)
-    assert selective_scan_backend(torch.empty(1)) == "numba"
-    assert selective_scan_backend(torch.empty(1, dtype=torch.bfloat16)) == "numba"
-    assert selective_scan_backend(torch.empty(1, dtype=torch.float64)) == "torch"
-    set_selective_scan_backend("torch")
-    assert selective_scan_backend(torch.empty(1)) == selective_scan_backend(torch.empty(1, device="meta")) == "torch"
-    for name, device in (("mamba-ssm", "cpu"), ("numba", "meta")):
-        set_selective_scan_backend(name)
-        with pytest.raises(ValueError, match=f"'{name}': expected a tensor on one of .*, got '{device}'"):
-            selective_scan_backend(torch.empty(1, device=device))
-
-
-def test_unknown_backend():
-    with pytest.raises(ValueError, match="'nonsense': expected one of.*mamba-ssm.*numba.*torch"):
-        set_selective_scan_backend("nonsense")
-    assert scan_module._chosen is None
-
-
-@pytest.mark.parametrize("name, packages", [("numba", "numba"), ("mamba-ssm", "mamba-ssm"), ("triton", "triton")])
-def test_a_backend_that_is_not_installed(monkeypatch, name, packages):
-    monkeypatch.setitem(scan_module._INSTALLED, name, False)
-    with pytest.raises(ImportError, match=f"pip install {packages}"):
-        set_selective_scan_backend(name)
-    # The environment variable is read when the module is imported, and checked at the first scan.
-    monkeypatch.setattr(scan_module, "_chosen", name)
-    with pytest.raises(ImportError, match=f"pip install {packages}"):
-        selective_scan(**scan_inputs(1, 1, 2, 16, 1))
-
-
-def test_without_numba_torch_scans_and_says_so_once(monkeypatch):
-    inputs = scan_inputs(2, 1, 5, 16, 4)
-    set_selective_scan_backend("torch")
-    expected = selective_scan(**inputs)
-    set_selective_scan_backend(None)
-    monkeypatch.setitem(scan_module._INSTALLED, "numba", False)
-    logging.warning_once.cache_clear()
-    with CaptureLogger(logging.get_logger("modeling_fambav.selective_scan")) as captured:
-        for _ in range(3):
-            assert torch.equal(selective_scan(**inputs), expected)
-    assert captured.out.count("pip install numba") == 1
+# ---- wrong arguments ----
 
 
 @pytest.mark.parametrize(
@@ -551,18 +503,6 @@ def test_in_a_spawned_process():
     assert_results_close(results, expected, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch", "nonsense"])
-def test_the_environment_variable_chooses_the_backend(name):
-    code = "import torch, modeling_fambav; print(modeling_fambav.selective_scan_backend(torch.empty(1)))"
-    environment = {**os.environ, "FAMBAV_SCAN_BACKEND": name}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
-    if name == "nonsense":
-        assert "ValueError: scan backend 'nonsense': expected one of" in child.stderr
-    else:
-        assert child.stdout.strip() == name
-
-
 # ---- as torch operators ----
 
 
@@ -573,18 +513,18 @@ def test_opcheck_of_the_scan(dtype, optional):
     leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
     if not optional:
         leaves[-3:] = [None, None, None]
-    torch.library.opcheck(torch.ops.fambav.selective_scan.default, (*leaves, True, "numba"))
+    torch.library.opcheck(scan_module._fused_scan, (*leaves, True, "numba"))
 
 
 def test_opcheck_of_the_convolution():
     leaves = [tensor.requires_grad_() for tensor in conv_inputs(2, 2, 5, 20, 4, torch.float32).values()]
-    torch.library.opcheck(torch.ops.fambav.causal_conv1d.default, (*leaves, "numba"))
+    torch.library.opcheck(scan_module._fused_conv, (*leaves, "numba"))
 
 
 def test_opcheck_of_the_recurrence():
     inputs = scan_inputs(2, 2, 5, 20, 3)
     leaves = [tensor.requires_grad_() for name, tensor in inputs.items() if name in ("x", "dt", "A", "B", "C")]
-    torch.library.opcheck(torch.ops.fambav.recurrence.default, leaves)
+    torch.library.opcheck(recurrence, leaves)
 
 
 def test_compiled_functions_equal_eager_ones(backend):
@@ -632,6 +572,8 @@ def fake_mamba_ssm(monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.delitem(sys.modules, "modeling_fambav.selective_scan_mamba_ssm", raising=False)
+    scan_module._mamba_ssm_scan.cache_clear()
     monkeypatch.setattr(scan_module, "selective_scan_backend", lambda tensor: "mamba-ssm")
 
 
@@ -649,10 +591,3 @@ def test_mamba_ssm_in_bfloat16(fake_mamba_ssm):
     assert results["out"].dtype == torch.bfloat16
     expected = scan_with_gradients(reference, in_float64(inputs))
     assert_results_close(results, expected, **tolerance("scan", torch.bfloat16))
-
-
-def test_mamba_ssm_that_cannot_be_imported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
-    monkeypatch.setattr(scan_module, "selective_scan_backend", lambda tensor: "mamba-ssm")
-    with pytest.raises(ImportError, match="pip install mamba-ssm"):
-        selective_scan(**scan_inputs(1, 1, 2, 16, 1))

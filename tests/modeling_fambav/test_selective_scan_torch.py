@@ -80,7 +80,7 @@ class _Calls(TorchDispatchMode):
 
 def test_a_mixer_makes_few_calls(monkeypatch):
     """Vim-Ti at 197 tokens, on a device that is no CPU, from the convolution to the gate, inside operators too."""
-    monkeypatch.setattr(torch_backend, "_recurrence", torch_backend._recurrence_in_chunks)
+    monkeypatch.setattr(torch_backend, "recurrence", torch_backend._recurrence_in_chunks)
 
     def empty(*shape):
         return torch.empty(shape, device="meta")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import set_selective_scan_backend
+from modeling_fambav import backends, set_selective_scan_backend
 from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
 from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
 
@@ -21,7 +20,7 @@ CASES = [("cpu", shape) for shape in SMALL] + [
 
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch):
-    monkeypatch.setattr(scan_module, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", None)
     set_selective_scan_backend("triton")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import modeling_fambav.selective_scan as scan_module
+from modeling_fambav import backends
 from modeling_fambav.token_fusion import Matching, match_tokens, unmerge
 from support.helpers import random_tensor, read_fixture, slow_match, slow_merge
 
@@ -18,7 +18,7 @@ ORDERS = ("raster", "appended")
 @pytest.fixture(params=["torch", "numba"])
 def backend(request, monkeypatch):
     """Fusion has the same two ways on a CPU as the scan."""
-    monkeypatch.setattr(scan_module, "_chosen", request.param)
+    monkeypatch.setattr(backends, "_chosen", request.param)
 
 
 def max_tokens(num_tokens: int) -> int:

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
-import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import match_tokens, set_selective_scan_backend
+from modeling_fambav import backends, match_tokens, set_selective_scan_backend
+from modeling_fambav.token_fusion import _match, _merge
 from support.helpers import random_tensor
 
 
 @pytest.fixture(autouse=True)
 def restored_backend(monkeypatch):
-    monkeypatch.setattr(scan_module, "_chosen", None)
+    monkeypatch.setattr(backends, "_chosen", None)
 
 
 def fuse(backend, metric, r, class_index, similarity, order, weights):
@@ -57,6 +57,28 @@ def test_ties_and_numbers_that_are_none(value):
             assert sorted(set(places)) == list(range(9 - r)) and places.count(places[class_position]) == 1
 
 
+@pytest.mark.parametrize("index", [-1, 6, 2**40])
+def test_places_outside_of_the_result_are_refused(index):
+    set_selective_scan_backend("numba")
+    values = random_tensor(2, 9, 16, seed=0)
+    matching = match_tokens(values, 3)
+    matching.new_index[1, 4] = index
+    with pytest.raises(ValueError, match="^new_index from .*: expected 0 to 5"):
+        matching.merge(values)
+    with pytest.raises(ValueError, match="^class_index from .*: expected 0 to 8"):
+        match_tokens(values, 3, torch.tensor([[0], [index if index != 6 else 9]]))
+
+
+def test_weights_and_places_of_another_shape_are_refused():
+    set_selective_scan_backend("numba")
+    values = random_tensor(2, 9, 16, seed=0)
+    matching = match_tokens(values, 3)
+    with pytest.raises(ValueError, match="^weights of the kernel _merge"):
+        matching.merge(values, torch.ones(2, 8))
+    with pytest.raises(ValueError, match="^new_index of the kernel _merge"):
+        matching.merge(values[:, :8])
+
+
 def test_bfloat16():
     metric = random_tensor(2, 33, 20, seed=0, dtype=torch.bfloat16)
     new_index, merged, gradient = fuse("numba", metric, 9, 0, "cosine", "raster", None)
@@ -81,7 +103,7 @@ def test_results_do_not_depend_on_threads():
 def test_opcheck():
     new_index = match_tokens(random_tensor(2, 9, 16, seed=0), 3).new_index
     values = random_tensor(2, 9, 16, seed=1).requires_grad_()
-    torch.library.opcheck(torch.ops.fambav.merge.default, (values, new_index, 6, None))
+    torch.library.opcheck(_merge, (values, new_index, 6, None))
     products, norms = random_tensor(2, 5, 4, seed=2), random_tensor(2, 9, seed=3).abs()
     class_index = torch.zeros(2, 1, dtype=torch.int64)
-    torch.library.opcheck(torch.ops.fambav.match_tokens.default, (products, norms, class_index, 3, "dot", "raster"))
+    torch.library.opcheck(_match, (products, norms, class_index, 3, "dot", "raster"))

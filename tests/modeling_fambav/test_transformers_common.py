@@ -117,6 +117,7 @@ class FambaVModelTest(ModelTesterMixin, unittest.TestCase):
             super().test_enable_input_require_grads_with_gradient_checkpointing()
 
 
+@pytest.mark.slow
 class FambaVMiddleClassTokenModelTest(FambaVModelTest):
     """Every part of the state that fused tokens carry: tracked class token, sizes, scaled time steps."""
 
@@ -131,6 +132,7 @@ class FambaVMiddleClassTokenModelTest(FambaVModelTest):
     expected_sequence_lengths = [14, 14]
 
 
+@pytest.mark.slow
 class FambaVUnfusedModelTest(FambaVModelTest):
     """Plain Vision Mamba."""
 

@@ -62,7 +62,9 @@ def read_fixture(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """The same numbers whatever torch's default dtype and device are."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
 # ---- images ----
@@ -133,7 +135,7 @@ def scan_inputs(
     return {
         "x": random_tensor(*per_token, channels, seed=1, dtype=dtype),
         "dt": random_tensor(*per_token, channels, seed=2, dtype=dtype),
-        "A": -(spread * torch.arange(1, state_size + 1)).to(parameter_dtype),
+        "A": -(spread * torch.arange(1, state_size + 1, device="cpu")).to(parameter_dtype),
         "B": random_tensor(*per_token, state_size, seed=4, dtype=dtype),
         "C": random_tensor(*per_token, state_size, seed=5, dtype=dtype),
         "D": random_tensor(num_directions, channels, seed=6, dtype=parameter_dtype),

@@ -38,6 +38,7 @@ def run(monkeypatch, *words) -> None:
 # ---- the file ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

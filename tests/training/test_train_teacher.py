@@ -71,6 +71,7 @@ def test_folder_loads_with_its_code_and_makes_a_teacher(teacher):
     assert loss.isfinite()
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train_teacher, "SAVE_STEPS", 1)
     evaluate = train_teacher.Trainer.evaluate

@@ -390,6 +390,7 @@ def test_stream_whose_epoch_ends_within_a_step_goes_on_from_there(numbered_folde
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_streams_of_unequal_length_end_their_epochs_together(numbered_folder, tmp_path):
     # Three files, so that two processes take every other row: 15 and 14 images, which make 3 and 2 batches of 5
     (numbered_folder / "train-3.parquet").unlink()

@@ -203,7 +203,9 @@ def test_saving_does_not_change_the_run(saved, whole):
 
 
 # In the middle of the first epoch, at its last step, at the first step of the next one, at the last step but one
-@pytest.mark.parametrize("step", [3, 4, 5, 9])
+@pytest.mark.parametrize(
+    "step", [3, pytest.param(4, marks=pytest.mark.slow), 5, pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_resumed_run_ends_as_the_whole_one(saved, whole, tmp_path, step):
     folder = stopped_after(tmp_path / "out", saved, step)
     train_here(folder, **RUN, resume_from_checkpoint="latest")
@@ -236,6 +238,7 @@ def test_explicit_checkpoint_goes_into_another_folder(saved, whole, tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "out")] == [8, 8, 10, 10]
 
 
+@pytest.mark.slow
 def test_line_that_a_kill_left_unfinished_is_written_again(saved, whole, tmp_path):
     folder = stopped_after(tmp_path / "out", saved, 5)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -244,6 +247,7 @@ def test_line_that_a_kill_left_unfinished_is_written_again(saved, whole, tmp_pat
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_latest_without_a_checkpoint_starts_anew(whole, tmp_path, caplog):
     train_here(tmp_path / "out", **RUN, resume_from_checkpoint="latest")
     assert_same_run(tmp_path / "out", whole)
@@ -275,6 +279,7 @@ def test_old_release_stays_until_the_new_one_is_whole(saved, whole, tmp_path, mo
 # ---- which checkpoints there are ----
 
 
+@pytest.mark.slow
 def test_checkpoint_of_every_epoch(whole, tmp_path):
     train_here(tmp_path / "out", **RUN, checkpointing_steps="epoch")
     assert_same_run(tmp_path / "out", whole)
@@ -285,6 +290,7 @@ def test_checkpoint_of_every_epoch(whole, tmp_path):
     assert steps_of(tmp_path / "out") == [4, 8, 10]
 
 
+@pytest.mark.slow
 def test_checkpoints_every_so_many_steps_and_at_the_end(tmp_path):
     train_here(tmp_path / "out", **RUN, checkpointing_steps=4)
     assert steps_of(tmp_path / "out") == [4, 8, 10]
@@ -459,6 +465,7 @@ def test_other_arguments_fail_before_training(folder, monkeypatch):
         train_here(folder, **{**RUN, "mixup_alpha": 0.5}, resume_from_checkpoint="latest")
 
 
+@pytest.mark.slow
 def test_flags_that_do_not_change_the_training_may_change(folder, whole):
     changed = {"per_device_eval_batch_size": 7, "max_cached_mib": 0, "dataloader_num_workers": 0}
     train_here(folder, **{**RUN, **changed}, resume_from_checkpoint="latest")
@@ -516,7 +523,9 @@ def assert_second_checkpoint_fails(folder: Path, monkeypatch) -> str:
 
 
 # Smaller than every file, than the optimizer's and the weights' average, than the optimizer's alone
-@pytest.mark.parametrize("num_bytes", [0, 40_000, 60_000])
+@pytest.mark.parametrize(
+    "num_bytes", [pytest.param(0, marks=pytest.mark.slow), 40_000, pytest.param(60_000, marks=pytest.mark.slow)]
+)
 def test_full_disk_leaves_the_checkpoints_before(whole, tmp_path, monkeypatch, num_bytes):
     save_state = trainer.Accelerator.save_state
 

@@ -1,9 +1,9 @@
 """The recurrence of the selective scan in ONNX, for `torch.onnx.export`.
 
-torch knows it as one operator, `fambav::recurrence` (modeling_fambav/selective_scan_torch.py), which ONNX lacks. Here
-it is an ONNX `Scan`: a loop over the tokens that the runtime runs, six nodes whatever the number of tokens. Only one
-step of decays and states exists at a time; to compute those of all tokens before the loop takes longer, because they
-leave the cache.
+torch knows it as one operator, `recurrence` of modeling_fambav/selective_scan_torch.py, which ONNX lacks. Here it is
+an ONNX `Scan`: a loop over the tokens that the runtime runs, six nodes whatever the number of tokens. Only one step of
+decays and states exists at a time; to compute those of all tokens before the loop takes longer, because they leave the
+cache.
 
 G, B, T, E, N are those of modeling_fambav/selective_scan.py. Channels come last inside the loop, so that every
 operation runs over E contiguous values.

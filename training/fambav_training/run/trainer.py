@@ -44,7 +44,7 @@ from fambav_training.run.log import MetricsLog
 from fambav_training.run.optimization import create_optimizer, create_weight_average
 from fambav_training.teacher.views import TeacherViews
 from modeling_fambav import FambaVForImageClassification
-from modeling_fambav.selective_scan import uses_cpu_kernels
+from modeling_fambav.backends import uses_cpu_kernels
 
 
 class NonFiniteLossError(ValueError):
