@@ -139,7 +139,7 @@ def _conv_backward(address):
 
 def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Operand], tuple[int, ...]]:
     """The tensors that both kernels begin with, as rows, and their shape."""
-    num_directions, width, kernel_size = weight.shape
+    num_directions, _, kernel_size = weight.shape
     x_rows = as_rows_of_any(pad_channels(x))
     channels = x_rows.shape[1]
     inputs = [

@@ -17,7 +17,8 @@ from support.helpers import random_tensor, tiny_config
 # What the newer release changes: torch's scan reads out twice as much, by a new argument of its operator.
 _CHANGES_OF_THE_SCAN = {
     "def _recurrence_in_chunks(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:": (
-        "def _recurrence_in_chunks(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, factor: float) -> Tensor:"
+        "def _recurrence_in_chunks("
+        "x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, factor: float) -> Tensor:"
     ),
     "    return y.squeeze(3).": "    return factor * y.squeeze(3).",
     "def _shapes(x, delta, A, B, C):": "def _shapes(x, delta, A, B, C, factor):",

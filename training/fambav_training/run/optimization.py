@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-# Parameters of more than one dimension that are still not decayed; biases, norms and D have one dimension.
-_NO_DECAY = ("A_log", "cls_token", "position_embeddings")
+from modeling_fambav import FambaVPreTrainedModel
+
 # The matrices that map tokens to tokens, nearly all of the weights
 _OF_MUON = ("in_proj.weight", "out_proj.weight")
 OPTIMIZERS = ("adamw", "muon")
@@ -57,19 +57,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def create_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, name: str = "adamw"
+    model: FambaVPreTrainedModel, learning_rate: float, weight_decay: float, name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices and filters only, or Muon beside it (`name`, one of `OPTIMIZERS`).
-
-    Parameters are told apart by name and shape, because marks on the tensors are lost when a model is loaded.
-    """
+    """AdamW with the weight decay where the model has it, or Muon beside it (`name`, one of `OPTIMIZERS`)."""
+    decays = set(model.decayed_parameters())
     decayed, not_decayed, of_muon = [], [], []
     for parameter_name, parameter in model.named_parameters():
-        spared = parameter.ndim <= 1 or parameter_name.rsplit(".", 1)[-1] in _NO_DECAY
         if name == "muon" and parameter_name.endswith(_OF_MUON):
             of_muon.append(parameter)
         else:
-            (not_decayed if spared else decayed).append(parameter)
+            (decayed if parameter_name in decays else not_decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999))
     if name == "adamw":
