@@ -3,6 +3,7 @@
 # make test-all all tests that need no GPU: also those that start processes, export, or visit a page
 # make bench    time and memory beside DeiT, on this machine's CPU
 # make quality  check style; make style mends it
+# make code     copy modeling_fambav/ into the checkpoints under model_cards/, after it was changed
 #
 # The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -11,7 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench demo test test-all quality style
+CHECKPOINTS := $(dir $(wildcard model_cards/*/model.safetensors))
+
+.PHONY: bench code demo test test-all quality style
 
 demo: $(INSTALLED)
 	$(BIN)/python training/demo.py
@@ -24,6 +27,9 @@ test-all: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python training/benchmark.py
+
+code:
+	for folder in $(CHECKPOINTS); do rm -f $$folder*.py; cp modeling_fambav/[!_]*.py $$folder; done
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

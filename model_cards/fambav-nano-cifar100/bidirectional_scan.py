@@ -1,1 +1,176 @@
-../../modeling_fambav/bidirectional_scan.py
+"""All that a mixer does between its two projections: convolution, choice of the time step, B and C, scan, gate.
+
+`bidirectional_scan` is one operator on the kernels of ours: it keeps only its inputs, the chosen (dt, B, C) and a few
+states, and its backward pass computes the convolution and the time steps again. They are cheap, and storing them would
+double the memory of a layer. `bidirectional_scan_in_parts` is the same from separate operators, with their own
+gradients: the path of other backends, and the reference in tests. Names are those of `selective_scan.py`, and
+
+    R               time_step_rank
+    xz (B,T,2E)     output of in_proj: input x and gate z
+    chosen (G,B*T,R+2N)  what x_proj chooses by the input: low-rank dt, B and C
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import HAS_KERNELS, selective_scan_backend, states_shape
+from .operators import define
+from .selective_scan import causal_conv1d, kernels_of, selective_scan
+
+
+def bidirectional_scan(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_scale: Tensor | None = None,
+) -> Tensor:
+    """Convolve, choose, scan in both directions, gate and average (paper equations 2-3, Vim's mixer).
+
+    Args:
+        xz (`Tensor` of shape `(B, T, 2E)`): input and gate; its dtype is that of the matrix products.
+        conv_weight, conv_bias (`Tensor` of shape `(G, E, K)` and `(G, E)`): causal convolution of each direction.
+        x_proj (`Tensor` of shape `(G, R + 2N, E)`): chooses low-rank dt, B and C by the convolved input.
+        dt_proj, dt_bias (`Tensor` of shape `(G, E, R)` and `(G, E)`): widen dt to all channels.
+        A (`Tensor` of shape `(G, E, N)`): decay, negative, float32.
+        D (`Tensor` of shape `(G, E)`): skip connection.
+        dt_scale (`Tensor` of shape `(B, T)`, *optional*): factor of each token's time step; no gradient flows to it.
+
+    Returns:
+        `Tensor` of shape `(B, T, E)` in the dtype of `xz`.
+
+    Raises:
+        ImportError: if the backend that was asked for is not installed.
+    """
+    x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
+    backend = selective_scan_backend(xz)
+    arguments = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_scale)
+    if backend in HAS_KERNELS:
+        return _scan(*arguments, torch.is_grad_enabled(), backend)[0]
+    return bidirectional_scan_in_parts(*arguments)
+
+
+def bidirectional_scan_in_parts(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_scale: Tensor | None = None,
+) -> Tensor:
+    """As `bidirectional_scan`, by one operator after the other, on any backend."""
+    x, z = xz.chunk(2, dim=-1)
+    x = causal_conv1d(x, conv_weight, conv_bias)  # (G, B, T, E)
+    chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
+    low_rank_dt, B, C = _split(chosen, x, A)
+    dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
+    return selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+
+
+def _split(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Low-rank dt (G, B*T, R), B and C (G, B, T, N)."""
+    state_size = A.shape[-1]
+    low_rank_dt, B, C = chosen.split([chosen.shape[-1] - 2 * state_size, state_size, state_size], dim=-1)
+    return low_rank_dt, B.unflatten(1, x.shape[1:3]), C.unflatten(1, x.shape[1:3])
+
+
+def _compute(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_scale: Tensor | None,
+    keep_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, `chosen`, and the states that the backward pass starts from (empty unless `keep_states`)."""
+    kernels = kernels_of(backend)
+    x, z = xz.chunk(2, dim=-1)
+    x = kernels.conv_forward(x, conv_weight, conv_bias)
+    chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
+    low_rank_dt, B, C = _split(chosen, x, A)
+    dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
+    out, states = kernels.scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
+    return out, chosen, states
+
+
+def _shapes(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_scale, keep_states, backend):
+    batch_size, num_tokens = xz.shape[:2]
+    num_directions, num_chosen, channels = x_proj.shape
+    x = xz.new_empty(num_directions, batch_size, num_tokens, channels)
+    return (
+        xz.new_empty(batch_size, num_tokens, channels),
+        xz.new_empty(num_directions, batch_size * num_tokens, num_chosen),
+        xz.new_empty(states_shape(backend, x, A, keep_states), dtype=torch.float32),
+    )
+
+
+def _compute_backward(
+    dout: Tensor,
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_scale: Tensor | None,
+    chosen: Tensor,
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A and D."""
+    kernels = kernels_of(backend)
+    inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    conv_input, z = xz.chunk(2, dim=-1)
+    x = kernels.conv_forward(conv_input, conv_weight, conv_bias)
+    low_rank_dt, B, C = _split(chosen, x, A)
+    dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = kernels.scan_backward(
+        dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states
+    )
+    del dt
+    ddt = ddt.flatten(1, 2).to(xz.dtype)
+    # Products of few rows are faster on a CPU than those of few columns
+    dlow_rank_dt = torch.bmm(dt_proj.mT, ddt.mT).mT
+    dchosen = torch.cat((dlow_rank_dt, dB.flatten(1, 2).to(xz.dtype), dC.flatten(1, 2).to(xz.dtype)), -1)
+    ddt_proj = torch.bmm(low_rank_dt.mT, ddt).mT
+    del ddt
+    dx_proj = torch.bmm(dchosen.mT, x.flatten(1, 2))
+    dx = dx.to(xz.dtype)
+    dx.flatten(1, 2).baddbmm_(dchosen, x_proj)
+    dconv_input, dconv_weight, dconv_bias = kernels.conv_backward(dx, conv_input, conv_weight, conv_bias)
+    dxz = torch.cat((dconv_input.to(xz.dtype), dz.to(xz.dtype)), dim=-1)
+    gradients = (dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD)
+    return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs)]
+
+
+def _backward_shapes(dout, *arguments):
+    return [tensor.new_empty(tensor.shape) for tensor in arguments[:8]]
+
+
+_scan_backward = define("bidirectional_scan_backward", _compute_backward, _backward_shapes)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9], *output[1:])
+    ctx.backend = inputs[10]
+
+
+def _backward(ctx, dout, *_):
+    return *_scan_backward(dout, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+_scan = define("bidirectional_scan", _compute, _shapes, _save, _backward)

@@ -1,1 +1,456 @@
-../../modeling_fambav/modeling_fambav.py
+"""Famba-V in PyTorch: Vision Mamba (Vim) with cross-layer token fusion.
+
+The file reads in the direction of the data: pixel_values -> patches (`FambaVEmbeddings`) -> layers (`FambaVLayer`:
+norm, fuse, mix) -> `FambaVModel` -> logits (`FambaVForImageClassification`) or feature maps (`FambaVBackbone`).
+
+Glossary
+    B, T, D    batch, tokens (class token included), hidden_size
+    E, N, R    intermediate_size, state_size, time_step_rank
+    G          scan directions, always 2: forward and backward through the sequence
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .bidirectional_scan import bidirectional_scan
+from .configuration_fambav import FambaVConfig
+from .embeddings import FambaVConvolutionalStem, FambaVEmbeddings, FambaVPatchEmbeddings
+from .rms_norm import rms_norm
+from .token_fusion import match_tokens, unmerge
+
+# Parameters of more than one dimension that are still not decayed
+_NO_DECAY = ("A_log", "cls_token", "position_embeddings")
+
+
+@dataclass
+class FambaVModelOutput(BaseModelOutputWithPooling):
+    """Output of [`FambaVModel`].
+
+    Attributes:
+        last_hidden_state (`Tensor` of shape `(B, T_last, D)`): tokens after the final norm.
+        pooler_output (`Tensor` of shape `(B, D)`): the class token after the final norm.
+        hidden_states (`tuple[Tensor]`, *optional*): the residual stream before the first and after every layer.
+        token_maps (`tuple[Tensor]`, *optional*):
+            Per layer, int64 `(B, T_0)`: which of the layer's tokens carries each initial token.
+    """
+
+    token_maps: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class FambaVImageClassifierOutput(ImageClassifierOutput):
+    """Output of [`FambaVForImageClassification`]: loss, logits `(B, num_labels)`, and as [`FambaVModelOutput`]."""
+
+    token_maps: tuple[Tensor, ...] | None = None
+
+
+class TokenState(NamedTuple):
+    """What is known of the tokens beside their values; every fusion returns a new one.
+
+    Attributes:
+        class_index (`int` or `Tensor` of shape `(B, 1)`): where the class token stands.
+        sizes (`Tensor` of shape `(B, T)`, *optional*): initial tokens that each token stands for, if that is used.
+        token_map (`Tensor` of shape `(B, T_0)`, *optional*): which token carries each initial token, if asked for.
+    """
+
+    class_index: int | Tensor
+    sizes: Tensor | None = None
+    token_map: Tensor | None = None
+
+
+class FambaVRMSNorm(nn.Module):
+    """Root-mean-square norm with a weight per channel."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class FambaVDropPath(nn.Module):
+    """Stochastic depth: drop the whole branch of a sample with probability `drop_prob` while training."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1.0 - self.drop_prob
+        keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_prob)
+        return hidden_states * (keep / keep_prob)
+
+
+class FambaVScanDirection(nn.Module):
+    """The parameters of one direction of the scan; the mixer runs both directions together.
+
+    `x_proj` chooses time step (R), B (N) and C (N) by the input, `dt_proj` widens the time step to all channels, and
+    A = -exp(A_log).
+    """
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__()
+        channels, state_size, rank = config.intermediate_size, config.state_size, config.time_step_rank
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.x_proj = nn.Linear(channels, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, channels)
+        self.A_log = nn.Parameter(torch.zeros(channels, state_size))
+        self.D = nn.Parameter(torch.ones(channels))
+
+
+class FambaVMixer(nn.Module):
+    """Bidirectional Mamba: (B, T, D) -> (B, T, D). The mean of a forward and a backward scan, gated."""
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.forward_scan = FambaVScanDirection(config)
+        self.backward_scan = FambaVScanDirection(config)
+        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def _stacked(self, name: str) -> Tensor:
+        """A parameter of both directions, (G, ...)."""
+        return torch.stack((self.forward_scan.get_parameter(name), self.backward_scan.get_parameter(name)))
+
+    def forward(self, hidden_states: Tensor, dt_scale: Tensor | None = None) -> Tensor:
+        """`dt_scale` of shape `(B, T)` multiplies the time step of each token."""
+        y = bidirectional_scan(
+            self.in_proj(hidden_states),
+            self._stacked("conv1d.weight").squeeze(2),
+            self._stacked("conv1d.bias"),
+            self._stacked("x_proj.weight"),
+            self._stacked("dt_proj.weight"),
+            self._stacked("dt_proj.bias"),
+            -torch.exp(self._stacked("A_log").float()),
+            self._stacked("D"),
+            dt_scale,
+        )
+        return self.out_proj(y)
+
+
+class FambaVLayer(GradientCheckpointingLayer):
+    """Norm, fuse, mix, add: (B, T, D) -> (B, T - r, D).
+
+    Vim's code carries a branch and a residual between its blocks and adds them at the next one; the residual stream
+    here is their sum, which is the same function.
+    """
+
+    def __init__(self, config: FambaVConfig, drop_path_rate: float):
+        super().__init__()
+        self.config = config
+        self.norm = FambaVRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = FambaVMixer(config)
+        self.drop_path = FambaVDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: Tensor, tokens: TokenState, num_fused: int) -> tuple[Tensor, TokenState]:
+        normed = self.norm(hidden_states)
+        if num_fused > 0:
+            normed, hidden_states, tokens = fuse_tokens(normed, hidden_states, tokens, num_fused, self.config)
+        dt_scale = tokens.sizes if self.config.fusion_scale_time_step else None
+        return hidden_states + self.drop_path(self.mixer(normed, dt_scale)), tokens
+
+
+def fuse_tokens(
+    normed: Tensor, residual: Tensor, tokens: TokenState, r: int, config: FambaVConfig
+) -> tuple[Tensor, Tensor, TokenState]:
+    """Remove r tokens from the normed tokens and the residual stream by one and the same matching.
+
+    Args:
+        normed, residual (`Tensor` of shape `(B, T, D)`): the branch, whose similarities decide, and the stream.
+        tokens (`TokenState`): of these T tokens.
+        r (`int`): tokens to remove.
+
+    Returns:
+        both tensors as `(B, T - r, D)`, and the state of the T - r tokens.
+    """
+    matching = match_tokens(normed, r, tokens.class_index, config.fusion_metric, config.fusion_order)
+    weights = tokens.sizes if config.fusion_reduction == "size_weighted" else None
+    if isinstance(tokens.class_index, Tensor):
+        class_index = matching.new_index.gather(1, tokens.class_index)
+    elif tokens.class_index == 0:
+        class_index = 0  # nothing can come before it
+    else:
+        class_index = matching.new_index[:, tokens.class_index, None]
+    fused = TokenState(
+        class_index=class_index,
+        sizes=None if tokens.sizes is None else matching.sum(tokens.sizes),
+        token_map=None if tokens.token_map is None else matching.compose(tokens.token_map),
+    )
+    return matching.merge(normed, weights), matching.merge(residual, weights), fused
+
+
+class FambaVPreTrainedModel(PreTrainedModel):
+    """Weight initialisation (as Mamba and Vim), and what transformers needs to know of the classes."""
+
+    config: FambaVConfig
+    base_model_prefix = "fambav"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FambaVEmbeddings", "FambaVLayer"]
+    _input_embed_layer = "patch_embeddings"
+    _can_record_outputs = {"hidden_states": FambaVLayer}
+    _can_compile_fullgraph = True
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # In code outside its own package, transformers skips modules without parameters of their own (the mixer, the
+        # patch embeddings), in case `_init_weights` would overwrite loaded weights. The functions of `init` never do.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        config = self.config
+        if isinstance(module, FambaVEmbeddings):
+            init.trunc_normal_(module.cls_token, std=config.initializer_range)
+            init.trunc_normal_(module.position_embeddings, std=config.initializer_range)
+        elif isinstance(module, FambaVPatchEmbeddings):
+            # LeCun normal; cutting a normal distribution at two standard deviations leaves 0.88 of its own
+            weight = module.projection.weight
+            std = weight[0].numel() ** -0.5 / 0.87962566103423978
+            init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+            init.zeros_(module.projection.bias)
+        elif isinstance(module, FambaVConvolutionalStem):
+            self._init_stem(module)
+        elif isinstance(module, FambaVRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, FambaVMixer):
+            init.kaiming_uniform_(module.in_proj.weight, a=math.sqrt(5))
+            # Every layer adds one branch to the residual stream, whose variance should not grow with the depth.
+            bound = 1 / math.sqrt(config.intermediate_size * config.num_hidden_layers)
+            init.uniform_(module.out_proj.weight, -bound, bound)
+        elif isinstance(module, FambaVScanDirection):
+            self._init_scan_direction(module)
+        elif isinstance(module, FambaVForImageClassification) and isinstance(module.classifier, nn.Linear):
+            init.trunc_normal_(module.classifier.weight, std=config.initializer_range)
+            init.zeros_(module.classifier.bias)
+
+    def _init_stem(self, module: FambaVConvolutionalStem):
+        for layer in module.layers:
+            if isinstance(layer, nn.Conv2d):
+                init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                if layer.bias is not None:
+                    init.zeros_(layer.bias)
+            elif isinstance(layer, nn.BatchNorm2d):
+                init.ones_(layer.weight)
+                init.zeros_(layer.bias)
+                init.zeros_(layer.running_mean)
+                init.ones_(layer.running_var)
+                init.zeros_(layer.num_batches_tracked)
+
+    def decayed_parameters(self) -> list[str]:
+        """Names of the parameters that weight decay is for, as in Vim: matrices and filters.
+
+        Not for norms, biases and D, which have one dimension, nor for A_log, the class token and the positions. By
+        name and shape, because marks on the tensors are lost when a model is loaded.
+        """
+        return [
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in _NO_DECAY
+        ]
+
+    def _init_scan_direction(self, module: FambaVScanDirection):
+        config = self.config
+        init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+        init.zeros_(module.conv1d.bias)
+        init.kaiming_uniform_(module.x_proj.weight, a=math.sqrt(5))
+        init.uniform_(module.dt_proj.weight, -(config.time_step_rank**-0.5), config.time_step_rank**-0.5)
+        # softplus(bias) is log-uniform in [time_step_min, time_step_max]
+        log_min, log_max = math.log(config.time_step_min), math.log(config.time_step_max)
+        uniform = torch.rand_like(module.dt_proj.bias, dtype=torch.float32)
+        time_step = torch.exp(log_min + uniform * (log_max - log_min)).clamp(min=config.time_step_floor)
+        init.copy_(module.dt_proj.bias, time_step + torch.log(-torch.expm1(-time_step)))
+        A = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=module.A_log.device)
+        init.copy_(module.A_log, torch.log(A).expand_as(module.A_log))
+        init.ones_(module.D)
+
+
+class FambaVModel(FambaVPreTrainedModel):
+    """Famba-V without a head: tokens of the last layer and the class token."""
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__(config)
+        self.embeddings = FambaVEmbeddings(config)
+        last_layer = max(1, config.num_hidden_layers - 1)
+        self.layers = nn.ModuleList(
+            [FambaVLayer(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = FambaVRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_token_maps: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FambaVModelOutput:
+        """Run the model.
+
+        Args:
+            pixel_values (`Tensor` of shape `(B, C, H, W)`): preprocessed images.
+            interpolate_pos_encoding (`bool`): allow another image size than `config.image_size`.
+            output_token_maps (`bool`): also return which token carries each initial token, per layer.
+            output_hidden_states (`bool`, *optional*): also return the residual stream.
+
+        Raises:
+            ValueError: if `pixel_values` is missing or does not fit the configuration.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: expected a tensor of shape (batch, channels, height, width)")
+        hidden_states, class_index = self.embeddings(pixel_values, interpolate_pos_encoding)
+        if self.config.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+
+        batch_size, num_tokens = hidden_states.shape[:2]
+        sizes = token_map = None
+        if self.config.fusion_reduction == "size_weighted" or self.config.fusion_scale_time_step:
+            sizes = torch.ones(batch_size, num_tokens, dtype=torch.float32, device=hidden_states.device)
+        if output_token_maps:
+            token_map = torch.arange(num_tokens, device=hidden_states.device).expand(batch_size, -1)
+        tokens = TokenState(class_index, sizes, token_map)
+
+        token_maps = ()
+        for layer, num_fused in zip(self.layers, self.config.fusion_schedule_for(num_tokens)):
+            hidden_states, tokens = layer(hidden_states, tokens, num_fused)
+            if output_token_maps:
+                token_maps += (tokens.token_map,)
+
+        last_hidden_state = self.norm(hidden_states)
+        return FambaVModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=_class_token(last_hidden_state, tokens.class_index),
+            token_maps=token_maps if output_token_maps else None,
+        )
+
+
+def _class_token(hidden_states: Tensor, class_index: int | Tensor) -> Tensor:
+    """(B, T, D) -> (B, D)"""
+    if isinstance(class_index, int):
+        return hidden_states[:, class_index]
+    return hidden_states.gather(1, class_index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])).squeeze(1)
+
+
+class FambaVForImageClassification(FambaVPreTrainedModel):
+    """Famba-V with a linear classifier on the class token."""
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.fambav = FambaVModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_token_maps: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FambaVImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values (`Tensor` of shape `(B, C, H, W)`): preprocessed images.
+            labels (`Tensor` of shape `(B,)`, *optional*): class indices; the output then has a cross-entropy `loss`.
+            interpolate_pos_encoding, output_token_maps, output_hidden_states: as [`FambaVModel.forward`].
+        """
+        outputs = self.fambav(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_token_maps=output_token_maps,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return FambaVImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, token_maps=outputs.token_maps
+        )
+
+
+# It stands in this file because a saved folder carries the file of the saved class and what that imports: the folder
+# of a classifier must hold the backbone too.
+class FambaVBackbone(BackboneMixin, FambaVPreTrainedModel):
+    """Famba-V for dense tasks: a feature map over the full grid of patches from every requested stage.
+
+    `"stem"` is the residual stream before the first layer, `"stage1"` to `"stageL"` are that after each layer. Fused
+    tokens are given back to all the patches that they stand for, so detection and segmentation heads see a grid
+    whatever was fused.
+    """
+
+    has_attentions = False
+    # The heads of other checkpoints, and the norm before them
+    _keys_to_ignore_on_load_unexpected = [r"^(fambav\.)?norm\.weight$", r"^classifier\."]
+
+    def __init__(self, config: FambaVConfig):
+        super().__init__(config)
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self.fambav = FambaVModel(config)
+        # The maps are read before the final norm, and a parameter without a gradient stops distributed training.
+        self.fambav.norm = nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """Compute feature maps.
+
+        Args:
+            pixel_values (`Tensor` of shape `(B, C, H, W)`): preprocessed images.
+            interpolate_pos_encoding (`bool`):
+                allow another image size than `config.image_size`. On by default, unlike in [`FambaVModel`], because
+                dense tasks bring images of many sizes and their heads do not pass this argument on.
+            output_hidden_states (`bool`, *optional*): also return the residual stream, with the tokens fused.
+
+        Returns:
+            `BackboneOutput` with `feature_maps`, one `(B, D, H', W')` per entry of `config.out_features`, where
+            H' x W' is `config.patch_grid_of(H, W)`, in the dtype of the weights.
+
+        Raises:
+            ValueError: as [`FambaVModel.forward`].
+        """
+        outputs = self.fambav(pixel_values, interpolate_pos_encoding, output_token_maps=True, **kwargs)
+        grid = self.config.patch_grid_of(*pixel_values.shape[-2:])
+        class_index = self.fambav.embeddings.class_index_of(math.prod(grid))
+        first_map = torch.arange(math.prod(grid) + 1, device=pixel_values.device).expand(pixel_values.shape[0], -1)
+        token_maps = (first_map, *outputs.token_maps)
+
+        feature_maps = ()
+        for index in self.config.out_indices:
+            token_map = token_maps[index]
+            patch_map = torch.cat((token_map[:, :class_index], token_map[:, class_index + 1 :]), dim=1)
+            patches = unmerge(outputs.hidden_states[index], patch_map)
+            feature_maps += (patches.mT.unflatten(2, grid).to(self.dtype),)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+
+
+__all__ = ["FambaVBackbone", "FambaVForImageClassification", "FambaVModel", "FambaVPreTrainedModel"]

@@ -1,1 +1,59 @@
-../../modeling_fambav/numba_channels.py
+"""Rows of channels: how the CPU kernels of the scan and of the convolution see tensors, and how they share them out.
+
+A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
+not depend on their number; sums over images or blocks are left to the caller.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .numba_jobs import Operand, inlined, launch
+from .numba_vectors import LANES, prefetch
+
+# Dtypes of rows with a value per token and channel.
+FLOATS = (torch.float32, torch.bfloat16)
+# Channels of one task, so that a step reads runs of whole cache lines.
+BLOCK = 64
+# Rows from the one that is worked on to the one that is fetched from memory meanwhile. The distance between rows is
+# that of whole tokens, which processors do not foresee.
+AHEAD = 4
+
+
+@inlined
+def ceil_div(number, divisor):
+    return (number + divisor - 1) // divisor
+
+
+@inlined
+def fetch_block(rows, row, start):
+    """Begin to bring a block of channels of one row, if there is such a row, into the cache."""
+    for c in range(0, BLOCK, LANES):
+        prefetch(rows, row, start + c)
+
+
+def row_dtype(tensor: Tensor) -> torch.dtype:
+    """Of the rows of a tensor with a value per token and channel: bfloat16 if it is that, else float32."""
+    return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+
+
+def as_rows_of_any(tensor: Tensor) -> Tensor:
+    """In `row_dtype`, everything but the last dimension as rows; a view wherever the strides allow it."""
+    tensor = tensor.detach().to(row_dtype(tensor))
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """As `as_rows_of_any`, but always float32."""
+    return as_rows_of_any(tensor.float())
+
+
+def pad_channels(tensor: Tensor) -> Tensor:
+    """Zeros up to a whole number of blocks; the padded channels stay zero all the way."""
+    missing = -tensor.shape[-1] % BLOCK
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def launch_blocks(kernel, shape: tuple[int, ...], operands: list[Operand]) -> None:
+    """Run a kernel on rows. `shape` is (G, B, T, E, N or K)."""
+    launch(kernel, shape[1] * -(-shape[3] // BLOCK), shape, operands)

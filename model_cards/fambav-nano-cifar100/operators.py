@@ -1,1 +1,87 @@
-../../modeling_fambav/operators.py
+"""torch operators of this code, under names that no other code has.
+
+torch knows an operator by its name, for the whole process: whoever defines a name again replaces what it does, also
+for models that are already running. A checkpoint brings its own code, and two checkpoints may bring different versions
+of it, so every name ends with a digest of the files that decide what the operators compute. The same code has the same
+names everywhere, so programs that `torch.export` has saved find their operators in another process.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# All files of the package but the configuration, the embeddings, the model and the public names
+_SOURCES = (
+    "backends",
+    "bidirectional_scan",
+    "causal_conv1d_numba",
+    "numba_channels",
+    "numba_functions",
+    "numba_jobs",
+    "numba_vectors",
+    "operators",
+    "rms_norm",
+    "rms_norm_numba",
+    "selective_scan",
+    "selective_scan_mamba_ssm",
+    "selective_scan_numba",
+    "selective_scan_torch",
+    "selective_scan_triton",
+    "token_fusion",
+    "token_fusion_numba",
+)
+
+
+def digest_of(files: tuple[str, ...]) -> str:
+    """Eight hexadecimal digits for the contents of these files of the package, named without their suffix."""
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(_read(name))
+    return digest.hexdigest()[:8]
+
+
+def _read(name: str) -> bytes:
+    """A file beside this one, which may be in a zip file, or compiled with its source taken away."""
+    for suffix in (".py", ".pyc"):
+        try:
+            # Line ends are not code: a checkout on Windows has the same operators.
+            return __loader__.get_data(str(Path(__file__).with_name(name + suffix))).replace(b"\r\n", b"\n")
+        except OSError:
+            continue
+    raise FileNotFoundError(f"{name}.py is missing beside {__file__}: the code of this model is incomplete")
+
+
+_SUFFIX = digest_of(_SOURCES)
+# torch does not keep what describes an operator.
+_defined = []
+
+
+def define(
+    name: str,
+    compute: Callable,
+    shapes: Callable,
+    save: Callable | None = None,
+    gradients: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Make a torch operator of a function on tensors, for torch.compile, autocast, checkpointing and export.
+
+    Args:
+        name: of the operator, without the digest.
+        compute: the function, annotated; it changes none of its arguments, and its results are new tensors.
+        shapes: from the same arguments, empty tensors like the results.
+        save: `(ctx, inputs, output)`, keeps what `gradients` needs.
+        gradients: `(ctx, *output_gradients)`, one gradient per argument.
+
+    Returns:
+        the operator. If the same code has defined it already, from another place, it is that one.
+    """
+    name = f"{name}_{_SUFFIX}"
+    if not hasattr(torch.ops.fambav, name):
+        operator = torch.library.custom_op(f"fambav::{name}", compute, mutates_args=())
+        operator.register_fake(shapes)
+        if gradients is not None:
+            operator.register_autograd(gradients, setup_context=save)
+        _defined.append(operator)
+    return getattr(torch.ops.fambav, name).default

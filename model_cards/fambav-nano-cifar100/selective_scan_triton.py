@@ -1,1 +1,383 @@
-../../modeling_fambav/selective_scan_triton.py
+"""GPU kernels of the selective scan and of the convolution before it, in Triton, which comes with torch.
+
+As the CPU kernels, one launch does all directions and everything around the scan, tensors are channels-last, and the
+backward direction walks through time from the end. At a few hundred tokens a plain loop over time with the states of
+a block of channels in registers fills the chip, because images and channel blocks run in parallel. Names are those of
+`selective_scan.py`; in the kernels
+
+    a program is one image and one block of channels; a tile is (N, channels of the block), its states
+    i counts steps of a scan, t = i or T - 1 - i is the position in the sequence
+    everything is computed in float32, whatever the dtype of the inputs
+
+The forward pass keeps the states at the start of every chunk of time. The backward pass computes those in between
+again, one chunk at a time, into scratch memory that stays in the second-level cache. Sums over images or channel
+blocks are left to the caller, so that no result depends on the order in which programs run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backends import CHUNK_STEPS, states_shape
+
+_CHUNK = CHUNK_STEPS["triton"]
+# Channels of a program.
+_BLOCK = 32
+# A product and a sum in one instruction: Triton's default today, no longer from 3.10 on.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def _scan_forward(
+    x, dt, A, B, C, D, z, dt_bias, dt_scale, out, states,
+    batch_size, num_tokens, channels, state_size, num_chunks,
+    x_row, dt_row, B_row, C_row, z_row,
+    NUM_DIRECTIONS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP_STATES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATE_BLOCK)
+    is_channel, is_state = e < channels, n < state_size
+    is_tile = is_state[:, None] & is_channel[None, :]
+    for g in tl.static_range(NUM_DIRECTIONS):
+        tile = (g * state_size + n[:, None]) * channels + e[None, :]
+        A_tile = tl.load(A + tile, is_tile, 0.0)
+        skip = tl.load(D + g * channels + e, is_channel, 0.0).to(tl.float32)
+        bias = tl.load(dt_bias + g * channels + e, is_channel, 0.0).to(tl.float32)
+        h = tl.zeros((STATE_BLOCK, BLOCK), tl.float32)
+        for i in range(num_tokens):
+            t = i if g == 0 else num_tokens - 1 - i
+            image_row = b * num_tokens + t
+            row = g * batch_size * num_tokens + image_row
+            if KEEP_STATES:
+                if i % CHUNK == 0:
+                    kept = ((g * batch_size + b) * num_chunks + i // CHUNK) * state_size
+                    tl.store(states + (kept + n[:, None]) * channels + e[None, :], h, is_tile)
+            x_t = tl.load(x + row * x_row + e, is_channel, 0.0).to(tl.float32)
+            delta = _softplus(tl.load(dt + row * dt_row + e, is_channel, 0.0).to(tl.float32) + bias)
+            if HAS_SCALE:
+                delta *= tl.load(dt_scale + image_row)
+            B_t = tl.load(B + row * B_row + n, is_state, 0.0).to(tl.float32)
+            C_t = tl.load(C + row * C_row + n, is_state, 0.0).to(tl.float32)
+            h = tl.exp2(delta[None, :] * A_tile) * h + B_t[:, None] * (delta * x_t)[None, :]
+            y = tl.sum(h * C_t[:, None], 0) + skip * x_t
+            # The direction before this one left its part here; the last one closes the gate.
+            if g > 0:
+                y += tl.load(out + image_row * channels + e, is_channel, 0.0)
+            if g == NUM_DIRECTIONS - 1:
+                y /= NUM_DIRECTIONS
+                if HAS_Z:
+                    gate = tl.load(z + image_row * z_row + e, is_channel, 0.0).to(tl.float32)
+                    y *= gate * tl.sigmoid(gate)
+            tl.store(out + image_row * channels + e, y, is_channel)
+
+
+@triton.jit
+def _scan_backward(
+    dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, scratch,
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias,
+    batch_size, num_tokens, channels, state_size, num_chunks,
+    dout_row, x_row, dt_row, B_row, C_row, z_row,
+    NUM_DIRECTIONS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SCALE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients. dA (B*G*N, E), dD and ddt_bias (B*G, E) are per image; dB and dC (blocks*G*B*T, N) per block.
+
+    The adjoint g_t of the state runs backwards through the scan: g_t = C_t dy_t + decay_{t+1} g_{t+1}."""
+    b = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    e = block * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATE_BLOCK)
+    is_channel, is_state = e < channels, n < state_size
+    is_tile = is_state[:, None] & is_channel[None, :]
+    # Scratch holds the states before each step of a chunk: (programs, CHUNK, N, BLOCK)
+    local = n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    scratch += (b * tl.num_programs(1) + block) * CHUNK * STATE_BLOCK * BLOCK
+    for g in tl.static_range(NUM_DIRECTIONS):
+        tile = (g * state_size + n[:, None]) * channels + e[None, :]
+        A_tile = tl.load(A + tile, is_tile, 0.0)
+        skip = tl.load(D + g * channels + e, is_channel, 0.0).to(tl.float32)
+        bias = tl.load(dt_bias + g * channels + e, is_channel, 0.0).to(tl.float32)
+        carried = tl.zeros((STATE_BLOCK, BLOCK), tl.float32)  # decay_{t+1} g_{t+1}
+        dA_sum = tl.zeros((STATE_BLOCK, BLOCK), tl.float32)
+        dD_sum = tl.zeros((BLOCK,), tl.float32)
+        bias_sum = tl.zeros((BLOCK,), tl.float32)
+        for back in range(num_chunks):
+            first = (num_chunks - 1 - back) * CHUNK
+            steps = tl.minimum(CHUNK, num_tokens - first)
+
+            kept = ((g * batch_size + b) * num_chunks + num_chunks - 1 - back) * state_size
+            h = tl.load(states + (kept + n[:, None]) * channels + e[None, :], is_tile, 0.0)
+            for i in range(steps):
+                t = first + i if g == 0 else num_tokens - 1 - first - i
+                image_row = b * num_tokens + t
+                row = g * batch_size * num_tokens + image_row
+                tl.store(scratch + i * STATE_BLOCK * BLOCK + local, h)
+                x_t = tl.load(x + row * x_row + e, is_channel, 0.0).to(tl.float32)
+                delta = _softplus(tl.load(dt + row * dt_row + e, is_channel, 0.0).to(tl.float32) + bias)
+                if HAS_SCALE:
+                    delta *= tl.load(dt_scale + image_row)
+                B_t = tl.load(B + row * B_row + n, is_state, 0.0).to(tl.float32)
+                h = tl.exp2(delta[None, :] * A_tile) * h + B_t[:, None] * (delta * x_t)[None, :]
+            tl.debug_barrier()  # another thread of the program may read what this one wrote
+
+            for step in range(steps):
+                i = steps - 1 - step
+                t = first + i if g == 0 else num_tokens - 1 - first - i
+                image_row = b * num_tokens + t
+                row = g * batch_size * num_tokens + image_row
+                before = tl.load(scratch + i * STATE_BLOCK * BLOCK + local)
+                x_t = tl.load(x + row * x_row + e, is_channel, 0.0).to(tl.float32)
+                raw = tl.load(dt + row * dt_row + e, is_channel, 0.0).to(tl.float32) + bias
+                delta, slope = _softplus(raw), tl.sigmoid(raw)
+                if HAS_SCALE:
+                    scale = tl.load(dt_scale + image_row)
+                    delta *= scale
+                    slope *= scale
+                B_t = tl.load(B + row * B_row + n, is_state, 0.0).to(tl.float32)
+                C_t = tl.load(C + row * C_row + n, is_state, 0.0).to(tl.float32)
+                dout_t = tl.load(dout + image_row * dout_row + e, is_channel, 0.0).to(tl.float32) / NUM_DIRECTIONS
+                dy = dout_t
+                if HAS_Z:
+                    gate = tl.load(z + image_row * z_row + e, is_channel, 0.0).to(tl.float32)
+                    gate_sigmoid = tl.sigmoid(gate)
+                    dy = dout_t * gate * gate_sigmoid
+                drive = delta * x_t
+                decay = tl.exp2(delta[None, :] * A_tile)
+                after = decay * before + B_t[:, None] * drive[None, :]
+                adjoint = carried + dy[None, :] * C_t[:, None]
+                carried = adjoint * decay
+                d_exponent = carried * before
+                d_drive = tl.sum(adjoint * B_t[:, None], 0)
+                # A holds A log2(e), so its product with delta comes back by log(2)
+                d_delta = tl.sum(d_exponent * A_tile, 0) * 0.6931471805599453 + d_drive * x_t
+                dA_sum += d_exponent * delta[None, :]
+                dD_sum += dy * x_t
+                d_dt = d_delta * slope
+                bias_sum += d_dt
+                partial = (block * NUM_DIRECTIONS * batch_size * num_tokens + row) * state_size
+                tl.store(dB + partial + n, tl.sum(adjoint * drive[None, :], 1), is_state)
+                tl.store(dC + partial + n, tl.sum(after * dy[None, :], 1), is_state)
+                tl.store(dx + row * channels + e, d_drive * delta + dy * skip, is_channel)
+                tl.store(ddt + row * channels + e, d_dt, is_channel)
+                if HAS_Z:
+                    y = tl.sum(after * C_t[:, None], 0) + skip * x_t
+                    # d silu(z) / dz = s (1 + z (1 - s))
+                    d_gate = dout_t * y * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
+                    if g > 0:
+                        d_gate += tl.load(dz + image_row * channels + e, is_channel, 0.0)
+                    tl.store(dz + image_row * channels + e, d_gate, is_channel)
+            tl.debug_barrier()  # the next chunk overwrites the scratch memory
+        image_direction = b * NUM_DIRECTIONS + g
+        tl.store(dA + (image_direction * state_size + n[:, None]) * channels + e[None, :], dA_sum, is_tile)
+        tl.store(dD + image_direction * channels + e, dD_sum, is_channel)
+        tl.store(ddt_bias + image_direction * channels + e, bias_sum, is_channel)
+
+
+@triton.jit
+def _convolved(
+    x, weight, bias, b, t, e, is_channel, num_tokens, channels, x_row,
+    G: tl.constexpr, KERNEL_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Before the SiLU, for a vector of positions t: (positions, channels)."""
+    is_position = (t >= 0) & (t < num_tokens)
+    total = tl.load(bias + G * channels + e, is_channel, 0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(KERNEL_SIZE):
+        source = t - (KERNEL_SIZE - 1 - k) if G == 0 else t + (KERNEL_SIZE - 1 - k)
+        exists = is_position & (source >= 0) & (source < num_tokens)
+        pointers = x + (b * num_tokens + source[:, None]) * x_row + e[None, :]
+        x_s = tl.load(pointers, exists[:, None] & is_channel[None, :], 0.0).to(tl.float32)
+        w = tl.load(weight + (G * KERNEL_SIZE + k) * channels + e, is_channel, 0.0).to(tl.float32)
+        total += x_s * w[None, :]
+    return total
+
+
+@triton.jit
+def _conv_forward(
+    x, weight, bias, out, batch_size, num_tokens, channels, x_row,
+    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
+    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_channel = e < channels
+    for g in tl.static_range(NUM_DIRECTIONS):
+        u = _convolved(x, weight, bias, b, t, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
+        pointers = out + ((g * batch_size + b) * num_tokens + t[:, None]) * channels + e[None, :]
+        tl.store(pointers, u * tl.sigmoid(u), (t < num_tokens)[:, None] & is_channel[None, :])
+
+
+@triton.jit
+def _conv_backward(
+    dout, x, weight, bias, dx, dweight, dbias, batch_size, num_tokens, channels, dout_row, x_row,
+    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients. dweight (blocks of positions * B*G*K, E) and dbias (.. * B*G, E) are per image and block.
+
+    What a token gives to its K neighbours is computed again for each of them, which needs no second pass."""
+    b = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
+    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_channel = e < channels
+    here = (t < num_tokens)[:, None] & is_channel[None, :]
+    x_t = tl.load(x + (b * num_tokens + t[:, None]) * x_row + e[None, :], here, 0.0).to(tl.float32)
+    dx_t = tl.zeros((POSITIONS, BLOCK), tl.float32)
+    for g in tl.static_range(NUM_DIRECTIONS):
+        direction = (tl.program_id(1) * batch_size + b) * NUM_DIRECTIONS + g
+        for k in tl.static_range(KERNEL_SIZE):
+            # The token that sees this one through tap k
+            seer = t + (KERNEL_SIZE - 1 - k) if g == 0 else t - (KERNEL_SIZE - 1 - k)
+            exists = ((seer >= 0) & (seer < num_tokens))[:, None] & here
+            u = _convolved(x, weight, bias, b, seer, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
+            s = tl.sigmoid(u)
+            pointers = dout + ((g * batch_size + b) * num_tokens + seer[:, None]) * dout_row + e[None, :]
+            du = tl.load(pointers, exists, 0.0).to(tl.float32) * s * (1.0 + u * (1.0 - s))
+            w = tl.load(weight + (g * KERNEL_SIZE + k) * channels + e, is_channel, 0.0).to(tl.float32)
+            dx_t += du * w[None, :]
+            tl.store(dweight + (direction * KERNEL_SIZE + k) * channels + e, tl.sum(du * x_t, 0), is_channel)
+            if k == KERNEL_SIZE - 1:  # through the last tap a token sees itself
+                tl.store(dbias + direction * channels + e, tl.sum(du, 0), is_channel)
+    tl.store(dx + (b * num_tokens + t[:, None]) * channels + e[None, :], dx_t, here)
+
+
+# ---- tensors in, tensors out ----
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """Everything but the last dimension as rows; a view wherever the strides allow it."""
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _scan_options(x: Tensor, A: Tensor, z: Tensor | None, dt_scale: Tensor | None) -> dict[str, int]:
+    state_block = triton.next_power_of_2(A.shape[-1])
+    return {
+        "NUM_DIRECTIONS": x.shape[0],
+        "HAS_Z": z is not None,
+        "HAS_SCALE": dt_scale is not None,
+        "CHUNK": _CHUNK,
+        "BLOCK": _BLOCK,
+        "STATE_BLOCK": state_block,
+        # At most 16 states a lane: more spill registers in the backward pass
+        "num_warps": max(1, state_block * _BLOCK // 512),
+        **_OPTIONS,
+    }
+
+
+def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> list[Tensor]:
+    """Rows for the kernels. What is absent is not read, so any tensor may stand for it."""
+    A = (A.float().mT * 1.4426950408889634).contiguous()
+    dt_bias = torch.zeros_like(D) if dt_bias is None else dt_bias.contiguous()
+    z = x if z is None else z
+    dt_scale = x if dt_scale is None else dt_scale.float().contiguous()
+    return [_as_rows(x), _as_rows(dt), A, _as_rows(B), _as_rows(C), D.contiguous(), _as_rows(z), dt_bias, dt_scale]
+
+
+def scan_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_scale: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` without gradients.
+
+    Returns:
+        the output `(B, T, E)`, and the float32 states at the start of every chunk, which `scan_backward` needs; empty
+        unless `keep_states`.
+    """
+    _, batch_size, num_tokens, channels = x.shape
+    inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+    states = torch.empty(states_shape("triton", x, A, keep_states), dtype=torch.float32, device=x.device)
+    # float32, because the directions add up in it
+    out = torch.empty(batch_size, num_tokens, channels, dtype=torch.float32, device=x.device)
+    _scan_forward[(batch_size, triton.cdiv(channels, _BLOCK))](
+        *inputs, out, states,
+        batch_size, num_tokens, channels, A.shape[-1], triton.cdiv(num_tokens, _CHUNK),
+        *(inputs[position].stride(0) for position in (0, 1, 3, 4, 6)),
+        KEEP_STATES=keep_states, **_scan_options(x, A, z, dt_scale),
+    )  # fmt: skip
+    return out.to(x.dtype), states
+
+
+def scan_backward(
+    dout: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_scale: Tensor | None,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z and dt_bias, in float32; that of an absent z is None."""
+    num_directions, batch_size, num_tokens, channels = x.shape
+    state_size, num_blocks = A.shape[-1], triton.cdiv(channels, _BLOCK)
+    options = _scan_options(x, A, z, dt_scale)
+    inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+    dout = _as_rows(dout)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    scratch = empty(batch_size * num_blocks, _CHUNK, options["STATE_BLOCK"], _BLOCK)
+    dx, ddt = empty(*x.shape), empty(*x.shape)
+    dA = empty(batch_size, num_directions, state_size, channels)
+    dB, dC = empty(num_blocks, *B.shape), empty(num_blocks, *C.shape)
+    dD, ddt_bias = (empty(batch_size, num_directions, channels) for _ in range(2))
+    dz = empty(batch_size, num_tokens, channels)
+    _scan_backward[(batch_size, num_blocks)](
+        dout, *inputs, states, scratch, dx, ddt, dA, dB, dC, dD, dz, ddt_bias,
+        batch_size, num_tokens, channels, state_size, triton.cdiv(num_tokens, _CHUNK),
+        dout.stride(0), *(inputs[position].stride(0) for position in (0, 1, 3, 4, 6)),
+        **options,
+    )  # fmt: skip
+    return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), None if z is None else dz, ddt_bias.sum(0)
+
+
+def _conv_launch(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and options of the convolution kernels."""
+    batch_size, num_tokens, channels = x.shape
+    positions = min(16, triton.next_power_of_2(num_tokens))
+    grid = (batch_size, triton.cdiv(num_tokens, positions), triton.cdiv(channels, 64))
+    options = {"NUM_DIRECTIONS": weight.shape[0], "KERNEL_SIZE": weight.shape[-1], "POSITIONS": positions, "BLOCK": 64}
+    return grid, options | _OPTIONS
+
+
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv1d` without gradients."""
+    grid, options = _conv_launch(x, weight)
+    rows, weight, bias = _as_rows(x), weight.mT.contiguous(), bias.contiguous()
+    out = x.new_empty(weight.shape[0], *x.shape)
+    _conv_forward[grid](rows, weight, bias, out, *x.shape, rows.stride(0), **options)
+    return out
+
+
+def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, in float32."""
+    grid, options = _conv_launch(x, weight)
+    num_directions, channels, kernel_size = weight.shape
+    rows, dout, weight, bias = _as_rows(x), _as_rows(dout), weight.mT.contiguous(), bias.contiguous()
+    buffers = {"dtype": torch.float32, "device": x.device}
+    dx = torch.empty(x.shape, **buffers)
+    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)
+    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, **buffers)
+    _conv_backward[grid](
+        dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options
+    )
+    return dx, dweight.sum(0).mT, dbias.sum(0)

@@ -1,1 +1,225 @@
-../../modeling_fambav/token_fusion.py
+"""Token fusion: which tokens are alike, and averaging them (paper section 3.2). Pure tensor maths, no parameters.
+
+Glossary
+    B, T, D         batch, tokens (class token included), width
+    r               tokens removed from every image of the batch
+    even, odd       tokens by index; each even token looks for its most similar odd token (its partner)
+    fused           the r even tokens that join their partner
+    size            number of initial tokens that a token stands for, 1 at first; shape (B, T)
+    token map       index of the token that now carries each initial token; shape (B, T_0)
+
+Two steps, so that one matching serves several tensors: `match_tokens` reads the similarities and returns a `Matching`
+of indices; `Matching.merge` averages values along it. All shapes are static: T shrinks by exactly r. On a CPU both
+steps are kernels (token_fusion_numba.py); the operations here are what they are tested against.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import provides, uses_cpu_kernels
+from .operators import define
+
+# As torch.nn.functional.normalize
+_SMALLEST_NORM = 1e-12
+
+
+class Matching(NamedTuple):
+    """Where every token of a batch goes when r tokens are fused.
+
+    Attributes:
+        new_index (`Tensor` of shape `(B, T)`): place of each token among the survivors, its partner's if it is fused.
+        num_kept (`int`): T - r.
+    """
+
+    new_index: Tensor
+    num_kept: int
+
+    def merge(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Average all tokens that land on the same place.
+
+        Args:
+            values (`Tensor` of shape `(B, T, D)`): tokens.
+            weights (`Tensor` of shape `(B, T)`, *optional*): weights of the average, all 1 if not given.
+
+        Returns:
+            `Tensor` of shape `(B, T - r, D)`. Gradients flow to `values`, not to the matching or the weights.
+        """
+        if uses_cpu_kernels(values):
+            return _merge(values, self.new_index, self.num_kept, weights)
+        if weights is None:
+            weights = torch.ones_like(self.new_index, dtype=torch.float32)
+        # Each token's share of its average, so that a token that stays alone is multiplied by exactly 1.
+        share = (weights / self.sum(weights).gather(1, self.new_index)).detach()
+        return self.sum(values * share.unsqueeze(-1).to(values.dtype))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up all tokens that land on the same place: `(B, T, ...)` to `(B, T - r, ...)`."""
+        batch_size = values.shape[0]
+        # Whole rows are moved by flat index, which copies D contiguous values at a time.
+        first_row = torch.arange(0, batch_size * self.num_kept, self.num_kept, device=values.device)
+        places = (self.new_index + first_row.unsqueeze(1)).flatten()
+        totals = values.new_zeros(batch_size * self.num_kept, *values.shape[2:])
+        return totals.index_add(0, places, values.flatten(0, 1)).unflatten(0, (batch_size, self.num_kept))
+
+    def compose(self, token_map: Tensor) -> Tensor:
+        """Carry a token map through this fusion: `(B, T_0)` indices into T tokens become indices into T - r."""
+        return self.new_index.gather(1, token_map)
+
+
+@torch.no_grad()
+def match_tokens(
+    metric: Tensor, r: int, class_index: int | Tensor = 0, similarity: str = "cosine", order: str = "raster"
+) -> Matching:
+    """Choose the r even tokens that are most similar to an odd token, and say where every token goes.
+
+    The class token is never fused and never receives. With three tokens there is one pair of patches and nothing to
+    choose: the first joins the second, also when the class token between them gives both an even index.
+
+    Args:
+        metric (`Tensor` of shape `(B, T, D)`): what is compared, the normed tokens.
+        r (`int`): tokens to remove, 0 <= r <= (T - 1) // 2.
+        class_index (`int` or `Tensor` of shape `(B, 1)`): index of the class token.
+        similarity (`str`): `"cosine"`, `"dot"` or `"euclidean"` (the negative squared distance).
+        order (`str`): `"raster"`, survivors keep their order and a fused token stands where its odd partner stood, or
+            `"appended"`, the published one: class token, unfused even tokens, odd tokens.
+
+    Raises:
+        ValueError: if r is out of range, or `similarity` or `order` unknown.
+    """
+    batch_size, num_tokens = metric.shape[:2]
+    if not 0 <= r <= (num_tokens - 1) // 2:
+        raise ValueError(f"r={r}: expected 0 <= r <= {(num_tokens - 1) // 2} for {num_tokens} tokens")
+    if similarity not in ("cosine", "dot", "euclidean"):
+        raise ValueError(f"similarity={similarity!r}: expected 'cosine', 'dot' or 'euclidean'")
+    if order not in ("raster", "appended"):
+        raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
+
+    products = metric[:, ::2] @ metric[:, 1::2].mT
+    norms = torch.linalg.vector_norm(metric, dim=-1)
+    if num_tokens > 3 and uses_cpu_kernels(metric):
+        if isinstance(class_index, int):
+            class_index = torch.full((batch_size, 1), class_index, dtype=torch.int64, device=metric.device)
+        new_index = _match(products, norms, class_index, r, similarity, order)
+    else:
+        index = torch.arange(num_tokens, device=metric.device).expand(batch_size, -1)
+        is_class = index == class_index
+        if num_tokens > 3:
+            fused, partner = _most_similar(_scores(products, norms, similarity), r, is_class)
+        else:
+            fused = index[:, :r] + is_class[:, :r].long()
+            partner = index[:, num_tokens - r :] - is_class[:, num_tokens - r :].long()
+        place = _places(fused, is_class, order)
+        new_index = place.scatter(1, fused, place.gather(1, partner))
+    return Matching(new_index, num_tokens - r)
+
+
+def _scores(products: Tensor, norms: Tensor, similarity: str) -> Tensor:
+    """Similarity of every even to every odd token, (B, T_even, T_odd), from dot products and lengths."""
+    even, odd = norms[:, ::2, None], norms[:, None, 1::2]
+    if similarity == "cosine":
+        return products / (even.clamp(min=_SMALLEST_NORM) * odd.clamp(min=_SMALLEST_NORM))
+    if similarity == "euclidean":
+        # -|a - b|^2; the term |a|^2 must stay, because the best scores are compared between even tokens.
+        return 2 * products - even.square() - odd.square()
+    return products
+
+
+def _most_similar(scores: Tensor, r: int, is_class: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (B, r) of the even tokens with the best scores, and of their partners."""
+    # Nothing is less similar than the class token, also where products overflow
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(is_class[:, ::2, None] | is_class[:, None, 1::2], -torch.inf)
+    best_score, best_odd = scores.max(dim=-1)
+    fused_even = best_score.topk(r, dim=-1).indices
+    return 2 * fused_even, 2 * best_odd.gather(1, fused_even) + 1
+
+
+def _places(fused: Tensor, is_class: Tensor, order: str) -> Tensor:
+    """Place of every survivor, (B, T); those of fused tokens mean nothing."""
+    survives = torch.ones_like(is_class).scatter(1, fused, False)
+    if order == "raster":
+        return survives.cumsum(1) - 1
+    # Rank within [class token | even | odd]; the survivors of one group follow those of the groups before it.
+    is_odd = ~is_class
+    is_odd[:, ::2] = False
+    is_even = survives & ~is_odd & ~is_class
+    place = torch.where(is_even, is_even.cumsum(1), is_even.sum(1, keepdim=True) + is_odd.cumsum(1))
+    return place.masked_fill(is_class, 0)
+
+
+def unmerge(hidden_states: Tensor, token_map: Tensor) -> Tensor:
+    """Give every initial token the value of the token that now carries it.
+
+    Args:
+        hidden_states (`Tensor` of shape `(B, T, D)`): tokens after fusion.
+        token_map (`Tensor` of shape `(B, T_0)`): index of the carrier of each initial token (int64).
+
+    Returns:
+        `Tensor` of shape `(B, T_0, D)`.
+    """
+    return hidden_states.gather(1, token_map.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+class FusionKernels(NamedTuple):
+    """See token_fusion_numba.py."""
+
+    match: Callable
+    merge: Callable
+    merge_backward: Callable
+
+
+@provides("numba")
+def _kernels() -> FusionKernels:
+    from .token_fusion_numba import match, merge, merge_backward
+
+    return FusionKernels(match, merge, merge_backward)
+
+
+# ---- kernels as torch operators ----
+
+
+def _compute_match(
+    products: Tensor, norms: Tensor, class_index: Tensor, r: int, similarity: str, order: str
+) -> Tensor:
+    return _kernels().match(products, norms, class_index, r, similarity, order)
+
+
+def _match_shapes(products, norms, class_index, r, similarity, order):
+    return class_index.new_empty(norms.shape)
+
+
+_match = define("match_tokens", _compute_match, _match_shapes)
+
+
+def _compute_merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
+    return _kernels().merge(values, new_index, num_kept, weights)
+
+
+def _merge_shapes(values, new_index, num_kept, weights):
+    return values.new_empty(values.shape[0], num_kept, values.shape[2])
+
+
+def _compute_merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
+    return _kernels().merge_backward(dmerged, new_index, weights)
+
+
+def _merge_backward_shapes(dmerged, new_index, weights):
+    return dmerged.new_empty(*new_index.shape, dmerged.shape[2])
+
+
+_merge_backward = define("merge_backward", _compute_merge_backward, _merge_backward_shapes)
+
+
+def _save_matching(ctx, inputs, output):
+    _, new_index, _, weights = inputs
+    ctx.save_for_backward(new_index, weights)
+
+
+def _backward_of_merge(ctx, dmerged):
+    return _merge_backward(dmerged, *ctx.saved_tensors), None, None, None
+
+
+_merge = define("merge", _compute_merge, _merge_shapes, _save_matching, _backward_of_merge)
