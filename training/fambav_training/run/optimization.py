@@ -57,10 +57,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def create_optimizer(
-    model: FambaVPreTrainedModel, learning_rate: float, weight_decay: float, name: str = "adamw"
+    model: nn.Module, learning_rate: float, weight_decay: float, name: str = "adamw"
 ) -> torch.optim.Optimizer:
     """AdamW with the weight decay where the model has it, or Muon beside it (`name`, one of `OPTIMIZERS`)."""
-    decays = set(model.decayed_parameters())
+    decays = set(FambaVPreTrainedModel.decayed_parameters(model))  # also for a model around one of ours
     decayed, not_decayed, of_muon = [], [], []
     for parameter_name, parameter in model.named_parameters():
         if name == "muon" and parameter_name.endswith(_OF_MUON):

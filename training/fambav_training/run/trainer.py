@@ -169,9 +169,10 @@ class Trainer:
         while position.step < self.num_steps:
             started, processor_started = time.perf_counter(), time.process_time()
             for batch in self._rest_of_epoch():
-                is_update = self._train_batch(*batch, interruption=interruption)
+                pixels, labels, *rows = batch
+                is_update = self._train_batch(pixels, labels, interruption, *rows)
                 position.batch += 1
-                position.images += len(batch[0]) * self.accelerator.num_processes
+                position.images += len(labels) * self.accelerator.num_processes
                 if not is_update:
                     continue
                 progress.update()
@@ -223,7 +224,7 @@ class Trainer:
         yield from loader
 
     def _train_batch(
-        self, pixels: Tensor, labels: Tensor, rows: Tensor | None = None, *, interruption: Interruption
+        self, pixels: Tensor, labels: Tensor, interruption: Interruption, rows: Tensor | None = None
     ) -> bool:
         """Add a batch to the gradient; `rows` are those of the teacher's stored views, if there are any.
 
