@@ -23,7 +23,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fambav_training.cli import add_model_flags, config_overrides
-from fambav_training.release.saving import atomic_folder
+from fambav_training.files import atomic_folder
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 
 _OFFICIAL_NAMES = {

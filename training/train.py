@@ -29,6 +29,7 @@ from fambav_training.data.pixels import CachedImages, DecodedImages, StreamedIma
 from fambav_training.data.stream_loader import StreamLoader
 from fambav_training.machine.memory import keep_freed_memory
 from fambav_training.machine.provenance import environment
+from fambav_training.release.hub import LOGS, prepare_repository, publish_folder
 from fambav_training.release.model_card import PLOT_FILE
 from fambav_training.release.run_plot import plot_run
 from fambav_training.release.saving import check_output_folder, release_files, save_release
@@ -40,7 +41,6 @@ from fambav_training.run.log import read_log
 from fambav_training.run.trainer import Trainer
 from fambav_training.teacher.views import ImagesWithRows, TeacherViews
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
-from publish import LOGS, prepare_repository, publish_folder
 
 # The average of the weights is a copy of the model, and the release is saved by one process.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize
-from fambav_training.release.saving import atomic_folder
+from fambav_training.files import atomic_folder
 
 # As the weights were trained: pixels from -1 to 1, nearly
 _MEAN, _STD = 127 / 255, 128 / 255

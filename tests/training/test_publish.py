@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import publish
+from fambav_training.release import hub as release_hub
+from fambav_training.release.hub import PublishError, prepare_repository, publish_folder
 from fambav_training.release.model_card import LOCATION
 from fambav_training.release.saving import save_release
 from modeling_fambav import FambaVForImageClassification
-from publish import PublishError, prepare_repository, publish_folder
 from support.child_process import REPOSITORY, run_python
 from support.helpers import tiny_config
 from support.hub_server import CUT, HANG, LOSE, Commit, Fault, HubServer, Repository, User
@@ -478,7 +479,7 @@ def test_failure_before_training(hub, request_, action):
 
 
 def test_hub_that_never_answers(hub, monkeypatch):
-    monkeypatch.setattr(publish, "_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(release_hub, "_TIMEOUT_SECONDS", 0.3)
     hub.faults = [Fault("GET /api/whoami-v2", HANG)]
     assert "ReadTimeout" in error_of(prepare_repository, "tiny", False)
     assert huggingface_hub.get_session().timeout.read is None  # that of other users of the client

@@ -10,8 +10,9 @@ from gradio.utils import get_upload_folder, is_in_or_equal
 from huggingface_hub.errors import StrictDataclassError
 
 from fambav_training.app.trial import Answer, FusionTrial
+from fambav_training.data.image_file import read_image
 from fambav_training.fusion.targets import token_share
-from visualize_fusion import fusion_tiles, layers_that_fuse, no_fusion, read_image
+from fambav_training.pictures.fusion_pictures import fusion_tiles, layers_that_fuse, no_fusion
 
 NO_IMAGE = "Drop an image on the left, or choose one of the examples below it."
 _INTRODUCTION = (

@@ -11,8 +11,8 @@ from fambav_training.data.pixels import normalize, to_pixels
 from fambav_training.fusion.settings import STRATEGIES, UNFUSED, fused, with_fusion
 from fambav_training.fusion.speed import Speedup, measured_speedup
 from fambav_training.fusion.targets import most_tokens
+from fambav_training.pictures.trace import FusionTrace, trace_fusion
 from modeling_fambav import FambaVConfig
-from visualize_fusion import FusionTrace, trace_fusion
 
 _TIMED_SECONDS = 1.0  # short, because somebody waits
 

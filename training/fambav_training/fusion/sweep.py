@@ -1,12 +1,12 @@
 """Accuracy and speed of one trained model under many fusions: which to measure, the rows, and the report."""
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fambav_training.files import atomic_file
 from fambav_training.fusion.settings import STRATEGIES, UNFUSED, fused, with_fusion
 from fambav_training.fusion.targets import most_tokens
 from fambav_training.markdown import markdown_table
@@ -172,10 +172,9 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 
     Each file is replaced as a whole, so that a run may be stopped at any moment and leaves what it measured.
     """
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(new, path)
-    new.write_text(markdown(report))
-    os.replace(new, path.with_suffix(".md"))
-    plot(report, new)
-    os.replace(new, path.with_suffix(".png"))
+    with atomic_file(path) as new:
+        new.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    with atomic_file(path.with_suffix(".md")) as new:
+        new.write_text(markdown(report))
+    with atomic_file(path.with_suffix(".png")) as new:
+        plot(report, new)

@@ -6,6 +6,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from fambav_training.files import atomic_file
+
 FILE = "metrics.jsonl"
 
 
@@ -21,7 +23,8 @@ class MetricsLog:
         if accelerator.is_main_process:
             lines = self._path.read_text().splitlines() if step > 0 and self._path.exists() else []
             kept = [line for line in lines if _is_of_the_past(line, step, epoch)]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            with atomic_file(self._path) as new:  # a kill must not cost the lines of the past
+                new.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record, which has a `step`."""

@@ -11,7 +11,6 @@ distillation: A good teacher is patient and consistent", 2022, arXiv:2106.05237)
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from datasets import Features, List, Value
 from torch import Tensor
 
 from fambav_training.data.crops import Crops, take_crops
+from fambav_training.files import atomic_file
 
 MANIFEST = "teacher_views.json"
 _FORMAT = 1
@@ -114,7 +114,8 @@ def begin(folder: Path, manifest: Manifest) -> list[int]:
         raise TeacherViewsError(f"{folder}: expected a folder that is new, empty or of stored views")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode())
+        with atomic_file(path) as new:
+            new.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
     return [index for index in range(manifest.num_files) if not manifest.file(folder, index).exists()]
 
 
@@ -139,9 +140,8 @@ def write_file(
     arrays = [_to_arrow(values).cast(field.type) for values, field in zip(columns, schema)]
     path = manifest.file(folder, index)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), partial)
-    os.replace(partial, path)
+    with atomic_file(path) as new:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), new)
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:
@@ -150,12 +150,6 @@ def _to_arrow(values: np.ndarray) -> pa.Array:
     for length in reversed(values.shape[1:]):
         array = pa.FixedSizeListArray.from_arrays(array, length)
     return array
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def read_manifest(folder: Path) -> Manifest:
