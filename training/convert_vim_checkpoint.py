@@ -10,7 +10,6 @@ import argparse
 import math
 import pickle
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.cli import add_model_flags, config_overrides, one_line_errors
 from fambav_training.files import atomic_folder
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 
@@ -201,10 +200,8 @@ def main() -> None:
     parser.add_argument("output_folder", type=Path, help="folder to write; must not exist yet, or be empty")
     add_model_flags(parser)
     namespace = parser.parse_args()
-    try:
+    with one_line_errors():
         model = convert(namespace.checkpoint, namespace.output_folder, **config_overrides(namespace))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     config = model.config
     print(
         f"{namespace.output_folder}: {model.num_parameters():,} parameters, {config.num_hidden_layers} layers, "

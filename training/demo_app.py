@@ -11,10 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from fambav_training.app.trial import FusionTrial
+from fambav_training.cli import one_line_errors
 from fambav_training.evaluation.scoring import load_classifier
 from fambav_training.machine.memory import keep_freed_memory
 
@@ -49,15 +49,13 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f'error: the page needs {error.name}: pip install -e ".[app]"')
     keep_freed_memory()
-    try:
+    with one_line_errors():
         if args.port is not None and not 0 < args.port < 65536:
             raise ValueError(f"--port {args.port}: expected 1 to 65535")
         examples = find_examples(args.model, args.examples)
         trial = FusionTrial(*load_classifier(args.model, {}))
         trial.answer(Image.new("RGB", (1, 1)), trial.config.fusion_strategy, trial.most_tokens)  # compiles the kernels
         launch(build_page(trial, Path(args.model).resolve().name, examples), args.host, args.port)
-    except (ValueError, StrictDataclassError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
 
-from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.cli import add_model_flags, config_overrides, one_line_errors
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.scoring import Scorer, load_classifier
 from fambav_training.fusion.settings import STRATEGIES, set_fusion, with_fusion
@@ -168,7 +167,7 @@ def run_sweep(args: argparse.Namespace, scorer: Scorer, conditions: dict[str, An
 def main() -> None:
     args, fusion = parse_command_line()
     keep_freed_memory()
-    try:
+    with one_line_errors():
         check_flags(args, fusion)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
@@ -203,8 +202,6 @@ def main() -> None:
             found = find_fusion(scorer, strategy, args)
             set_fusion(model.config, found["fusion"])
         scores = scorer.score()
-    except (ValueError, StrictDataclassError, OSError) as error:
-        sys.exit(f"error: {error}")
     if not accelerator.is_main_process:
         return
     results = {

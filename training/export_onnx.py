@@ -10,7 +10,6 @@ gives `logits` (batch, labels). Image size and fusion are part of the graph: oth
 import argparse
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_utils import PreTrainedModel
 
-from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.cli import add_model_flags, config_overrides, one_line_errors
 from fambav_training.evaluation.scoring import load_classifier
 from modeling_fambav import set_selective_scan_backend
 from modeling_fambav.selective_scan_torch import recurrence as torch_recurrence
@@ -138,7 +136,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="file to write, NAME.onnx")
     add_model_flags(parser, prefix="fusion_")
     args = parser.parse_args()
-    try:
+    with one_line_errors():
         check_packages()
         model, _ = load_classifier(args.model, config_overrides(args))
         model = model.eval().float()
@@ -156,8 +154,6 @@ def main() -> None:
                     "two tokens were equally similar up to rounding, and --fusion_strategy none tells"
                 )
             num_bytes = path.stat().st_size
-    except (ValueError, StrictDataclassError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(
         f"{args.output}: {num_bytes / 2**20:.1f} MiB, exported in {seconds:.0f} s, fusion "
         f"{model.config.fusion_strategy}, tokens per layer {' '.join(map(str, model.config.sequence_lengths))}"

@@ -7,10 +7,10 @@ main branch holds either what it held before or the whole release, and what is t
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from fambav_training.release.hub import PublishError, check_tag, find_files, prepare_repository, publish_folder
+from fambav_training.cli import one_line_errors
+from fambav_training.release.hub import check_tag, find_files, prepare_repository, publish_folder
 
 
 def main() -> None:
@@ -20,14 +20,12 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--tag", help="name of this release, default step-STEPS-seed-SEED-DIGEST")
     args = parser.parse_args()
-    try:
+    with one_line_errors():
         # A repository is only created for something that can be published
         find_files(args.folder)
         if args.tag is not None:
             check_tag(args.tag)
         url = publish_folder(args.folder, prepare_repository(args.repo, args.private), args.tag)
-    except (PublishError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"published: {url}")
 
 

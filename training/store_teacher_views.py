@@ -7,7 +7,6 @@ command that was stopped goes on where it was when it is given again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from fambav_training.cli import one_line_errors
 from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize
@@ -127,10 +127,8 @@ def _score(teacher: Teacher, pixels, crops, processor, manifest: Manifest, batch
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line_errors():
         manifest = store(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{args.output_dir}: {manifest.views} views of {manifest.images} images")
 
 

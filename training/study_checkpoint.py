@@ -7,11 +7,11 @@ Scores the images once per row, and writes the card and `all_results.json` of th
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from fambav_training.cli import one_line_errors
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.scoring import Scorer, load_classifier
 from fambav_training.evaluation.study import study
@@ -59,10 +59,8 @@ def study_checkpoint(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line_errors():
         study_checkpoint(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{args.model}: README.md and {RESULTS_FILE} are written")
 
 

@@ -17,13 +17,12 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, Pa
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets.distributed import split_dataset_by_node
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fambav_training.cli import parse_arguments
+from fambav_training.cli import one_line_errors, parse_arguments
 from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
 from fambav_training.data.pixels import CachedImages, DecodedImages, StreamedImages
 from fambav_training.data.stream_loader import StreamLoader
@@ -322,14 +321,13 @@ def _length(loader: DataLoader) -> int | None:
 def main() -> None:
     keep_freed_memory()
     try:
-        args, overrides = parse_arguments(TrainingArguments, __doc__.splitlines()[0])
-        results = run(args, overrides)
+        with one_line_errors():
+            args, overrides = parse_arguments(TrainingArguments, __doc__.splitlines()[0])
+            results = run(args, overrides)
     except Interrupted as interrupted:
         # Not through sys.exit(text), whose exit code is always 1
         sys.stderr.write(f"{interrupted}\n")
         sys.exit(interrupted.exit_code)
-    except (ValueError, StrictDataclassError, OSError) as error:
-        sys.exit(f"error: {error}")
     if not PartialState().is_main_process:
         return
     print(

@@ -12,7 +12,6 @@ learns from it.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
+from fambav_training.cli import one_line_errors
 from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize
@@ -164,7 +164,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    try:
+    with one_line_errors():
         images = load_labeled_images(
             args.dataset_name,
             args.image_column_name,
@@ -173,8 +173,6 @@ def main() -> None:
             seed=args.seed,
         )
         results = train_teacher(args, images)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{args.output_dir}: top-1 {results['eval_top1']:.2f} %")
 
 

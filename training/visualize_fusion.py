@@ -12,13 +12,10 @@ Layers are counted from 1, as in the paper and in the other pictures of this rep
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
-from fambav_training.cli import add_model_flags, config_overrides
+from fambav_training.cli import add_model_flags, config_overrides, one_line_errors
 from fambav_training.data.image_file import read_image
 from fambav_training.evaluation.scoring import load_classifier
 from fambav_training.pictures.fusion_pictures import no_fusion, write_pictures
@@ -65,7 +62,7 @@ def main() -> None:
     parser.add_argument("--gif", action="store_true", help="also write an animation over the layers")
     add_model_flags(parser, prefix="fusion_")
     args = parser.parse_args()
-    try:
+    with one_line_errors():
         check_names(args.images)
         images = [read_image(path) for path in args.images]
         model, processor = load_classifier(args.model, config_overrides(args))
@@ -75,8 +72,6 @@ def main() -> None:
             trace = trace_fusion(model, processor, image)
             files = write_pictures(trace, model.config, path.name, args.output_dir, layers, args.gif)
             print(f"{path}: {trace.label} ({trace.probability:.1%}); {', '.join(map(str, files))}")
-    except (ValueError, StrictDataclassError, OSError) as error:
-        sys.exit(f"error: {error}")
     if model.config.fusion_strategy == "none":
         print(no_fusion(model.config))
 

@@ -1,6 +1,7 @@
 """Flags and YAML files: the same names and the same reading of values, and clear errors for what is wrong."""
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fambav_training.cli import ArgumentError, parse_arguments
+from fambav_training.cli import ArgumentError, one_line_errors, parse_arguments
 from modeling_fambav import FambaVConfig
 from train import TrainingArguments
 
@@ -266,3 +267,23 @@ def test_shipped_config_opens_with_its_command(path):
 
 def test_there_are_shipped_configs():
     assert CONFIGS
+
+
+@pytest.mark.parametrize(
+    "fail, expected",
+    [
+        (lambda: parse_arguments(TrainingArguments, "a script", ["--sed", "1"]), "error: --sed: no such name"),
+        (lambda: FambaVConfig(fusion_tokens=0), "error: .*fusion_tokens=0"),
+        (lambda: Path("missing", "file").read_text(), "error: .*No such file or directory: 'missing/file'"),
+    ],
+    ids=["flag", "field", "file"],
+)
+def test_what_users_can_put_right_ends_the_process_with_a_line(fail, expected):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        fail()
+    assert re.match(expected, end.value.code, re.DOTALL)
+
+
+def test_a_mistake_of_the_code_keeps_its_trace():
+    with pytest.raises(KeyError), one_line_errors():
+        {}["missing"]

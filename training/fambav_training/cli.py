@@ -5,15 +5,18 @@ line wins over the file given by `--config`; a name that does not exist is an er
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_fambav import FambaVConfig
@@ -23,6 +26,15 @@ Arguments = TypeVar("Arguments")
 
 class ArgumentError(ValueError):
     """A flag or a key of a YAML file that is unknown or has a value of the wrong type."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line, `error: ...`, for what its user can put right: arguments, files, the Hub."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 class _Parser(argparse.ArgumentParser):
