@@ -1,6 +1,7 @@
 """A saved folder carries its own code: it loads where this package, and even numba, is not installed."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from transformers.dynamic_module_utils import get_imports
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_fambav import FambaVForImageClassification
@@ -155,3 +157,9 @@ def test_import_is_cheap():
     modules = set(process.stdout.split())
     assert "modeling_fambav.modeling_fambav" in modules
     assert not modules & {"numba", "llvmlite", "mamba_ssm", "datasets", "sklearn", "matplotlib"}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "modeling_fambav").glob("*.py")), ids=lambda path: path.name)
+def test_remote_code_needs_no_package_of_a_backend(path):
+    """transformers refuses to load a folder if a package is missing that one of its files imports outside of `try`."""
+    assert set(get_imports(path)) - sys.stdlib_module_names <= {"huggingface_hub", "numpy", "torch", "transformers"}
