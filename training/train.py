@@ -75,7 +75,13 @@ def create_model(
     if config.model_type != FambaVConfig.model_type:
         raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
     model, report = FambaVForImageClassification.from_pretrained(
-        checkpoint, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **overrides
+        checkpoint,
+        # Whatever the folder's: in half precision the steps of the optimizer and of the average are rounded away
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **labels,
+        **overrides,
     )
     # A new classifier is meant to be; anything else would be silently random.
     not_loaded = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]

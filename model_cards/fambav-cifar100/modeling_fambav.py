@@ -197,7 +197,12 @@ def fuse_tokens(
 
 
 class FambaVPreTrainedModel(PreTrainedModel):
-    """Weight initialisation (as Mamba and Vim), and what transformers needs to know of the classes."""
+    """Weight initialisation (as Mamba and Vim), and what transformers needs to know of the classes.
+
+    `from_pretrained` with `dtype=torch.bfloat16` or `torch.float16` leaves A_log, D and the bias of the time step in
+    float32, in which the scan computes with them anyway; rounded, they would be other decays and steps.
+    `model.to(dtype)`, `.bfloat16()` and `.half()` are torch's own and round them like all others.
+    """
 
     config: FambaVConfig
     base_model_prefix = "fambav"
@@ -207,6 +212,8 @@ class FambaVPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["FambaVEmbeddings", "FambaVLayer"]
     _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": FambaVLayer}
+    # Found anywhere in a parameter's name, hence not only "D"
+    _keep_in_fp32_modules_strict = ["A_log", "dt_proj.bias", "forward_scan.D", "backward_scan.D"]
     _can_compile_fullgraph = True
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):

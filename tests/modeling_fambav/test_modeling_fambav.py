@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel, unmerge
+from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel, backends, unmerge
 from modeling_fambav.modeling_fambav import FambaVDropPath
 from support.helpers import random_tensor, read_fixture, slow_match, slow_merge, tiny_config, tolerance
 
@@ -445,6 +445,28 @@ def test_residual_in_the_dtype_of_the_weights():
     outputs = model(images(), output_hidden_states=True)
     assert {states.dtype for states in outputs.hidden_states} == {torch.bfloat16}
     assert outputs.last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decays_skips_and_time_steps_stay_float32(dtype, backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", backend)
+    exact = make_model(FambaVForImageClassification, fusion_strategy="none")
+    exact.save_pretrained(tmp_path / "float32")
+    for source, target in (("float32", "half"), ("half", "again")):  # what was saved in half precision as well
+        model = FambaVForImageClassification.from_pretrained(tmp_path / source, dtype=dtype)
+        model.save_pretrained(tmp_path / target)
+        expected = exact.state_dict()
+        for name, parameter in model.named_parameters():
+            is_kept = re.search(r"_scan\.(A_log|D|dt_proj\.bias)$", name) is not None
+            assert parameter.dtype == (torch.float32 if is_kept else dtype), name
+            assert torch.equal(parameter, expected[name].to(parameter.dtype)), name
+    logits = model(images().to(dtype)).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), exact(images()).logits, **tolerance("scan", torch.bfloat16))
+    logits.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.half().parameters()} == {torch.float16}  # as the docstring says
 
 
 # ---- training ----

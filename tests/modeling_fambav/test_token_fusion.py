@@ -45,6 +45,31 @@ def per_image(class_index: int | Tensor, batch_size: int) -> list[int]:
     return [class_index] * batch_size if isinstance(class_index, int) else class_index.flatten().tolist()
 
 
+# ---- precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_similarities_of_tokens_that_are_alike_are_not_rounded(backend, similarity, dtype):
+    # Cosines of about 0.98 to each other, as in deep layers
+    metric = random_tensor(1, 1, 64, seed=0) + 0.15 * random_tensor(8, 65, 64, seed=1)
+    exact = match_tokens(metric.double(), 20, similarity=similarity).new_index
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(match_tokens(metric, 20, similarity=similarity).new_index, exact)
+        assert torch.is_autocast_enabled("cpu")
+    half = metric.to(dtype)
+    exact = match_tokens(half.double(), 20, similarity=similarity).new_index
+    assert torch.equal(match_tokens(half, 20, similarity=similarity).new_index, exact)
+
+
+def test_similarities_of_float64_are_float64(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", "torch")
+    # Token 4 is nearer to token 1 than token 2 is, by less than float32 tells apart
+    metric = torch.tensor([[[0, 0], [1, 0], [1, 1e-5], [-1, 1], [1, 1e-6]]], dtype=torch.float64)
+    places = match_tokens(metric, 1).new_index
+    assert places.tolist() == [[0, 1, 2, 3, 1]]
+
+
 # ---- values ----
 
 

@@ -23,6 +23,7 @@ from fambav_training.cli import parse_arguments
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.metrics import evaluate
 from support.child_process import REPOSITORY, run_python
+from support.helpers import save_classifier
 from support.training_runs import (
     FLAGS,
     command_line,
@@ -208,6 +209,19 @@ def test_start_from_a_checkpoint_with_other_labels(trained, tmp_path):
 def test_start_from_a_checkpoint_with_the_same_labels_keeps_the_classifier(trained, tmp_path):
     results = train_here(tmp_path / "out", model_name_or_path=trained, learning_rate=0, max_train_steps=1)
     assert (results["top1"], results["top5"]) == (read_results(trained)["top1"], read_results(trained)["top5"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fine_tuning_a_folder_in_half_precision_keeps_float32_weights(tmp_path, dtype):
+    start = save_classifier(tmp_path / "start")
+    half = AutoModelForImageClassification.from_pretrained(start).to(getattr(torch, dtype))
+    half.save_pretrained(start)
+    assert json.loads((start / "config.json").read_text())["dtype"] == dtype
+    model, _ = train.create_model(train.TrainingArguments(model_name_or_path=str(start)), {}, ["cat", "dog"])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.dtype == torch.float32  # as what it is trained to is saved
+    expected = half.float().state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_first_samples_of_a_sorted_dataset_are_of_all_classes(tmp_path):
