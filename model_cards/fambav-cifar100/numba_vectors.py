@@ -23,14 +23,18 @@ same_ints, as_ints and as_floats, which are LLVM's constants and instructions.
 import operator
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import carray as carray
-from numba import cfunc as cfunc
-from numba import njit as njit
-from numba import types
-from numba.core import config
-from numba.extending import intrinsic as intrinsic
-from numba.extending import models, overload, register_model
+
+try:
+    from llvmlite import binding, ir
+    from numba import carray as carray
+    from numba import cfunc as cfunc
+    from numba import njit as njit
+    from numba import types
+    from numba.core import config
+    from numba.extending import intrinsic as intrinsic
+    from numba.extending import models, overload, register_model
+except ImportError:  # within `try`, because transformers loads no remote code whose other imports are missing
+    raise
 
 
 def _has_avx512() -> bool:

@@ -1,7 +1,11 @@
 """The selective scan on mamba-ssm's compiled CUDA kernel. Names are those of `selective_scan.py`."""
 
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
+
+try:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+except ImportError:  # within `try`, because transformers loads no remote code whose other imports are missing
+    raise
 
 from .selective_scan_torch import gated_mean, in_scan_order, time_steps
 

@@ -15,9 +15,13 @@ blocks are left to the caller, so that no result depends on the order in which p
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # within `try`, because transformers loads no remote code whose other imports are missing
+    raise
 
 from .backends import CHUNK_STEPS, states_shape
 
