@@ -1,5 +1,7 @@
 """Top-k accuracy as an `evaluate` metric that needs no network, and scoring a classifier with it."""
 
+from collections.abc import Iterator
+
 import datasets
 import evaluate as evaluate_library
 import torch
@@ -39,6 +41,19 @@ class TopKAccuracy(evaluate_library.Metric):
 
 
 @torch.no_grad()
+def ranked_classes(
+    model: nn.Module, loader: DataLoader, processor: BaseImageProcessor, accelerator: Accelerator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches, over all processes: the likeliest classes `(B, k)` from the most likely on, and the labels `(B,)`."""
+    for pixels, labels in loader:
+        with accelerator.autocast():
+            logits = model(pixel_values=normalize(pixels, processor)).logits
+        ranked = logits.topk(min(_MAX_K, logits.shape[-1]), dim=-1).indices
+        # Without the repeated samples that fill up the last batch of a distributed loader
+        ranked, labels = accelerator.gather_for_metrics((ranked, labels))
+        yield ranked.cpu(), labels.cpu()
+
+
 def evaluate(
     model: nn.Module, loader: DataLoader, processor: BaseImageProcessor, accelerator: Accelerator
 ) -> dict[str, float]:
@@ -46,12 +61,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     metric = TopKAccuracy(keep_in_memory=True)
-    for pixels, labels in loader:
-        with accelerator.autocast():
-            logits = model(pixel_values=normalize(pixels, processor)).logits
-        ranked = logits.topk(min(_MAX_K, logits.shape[-1]), dim=-1).indices
-        # Without the repeated samples that fill up the last batch of a distributed loader
-        ranked, labels = accelerator.gather_for_metrics((ranked, labels))
-        metric.add_batch(predictions=ranked.cpu(), references=labels.cpu())
+    for ranked, labels in ranked_classes(model, loader, processor, accelerator):
+        metric.add_batch(predictions=ranked, references=labels)
     model.train(was_training)
     return metric.compute()

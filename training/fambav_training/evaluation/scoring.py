@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from fambav_training.data.labeled_images import LabeledImages
 from fambav_training.data.pixels import CachedImages, normalize
-from fambav_training.evaluation.metrics import evaluate
+from fambav_training.evaluation.metrics import evaluate, ranked_classes
 from fambav_training.fusion.settings import set_fusion
 from fambav_training.fusion.speed import measured_speedup
 from modeling_fambav import FambaVConfig
@@ -97,17 +97,11 @@ class Scorer:
         num_images = len(self._tensors)
         return {**scores, "validation_images": num_images, "images_per_second": num_images / seconds}
 
-    @torch.inference_mode()
     def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The most likely class and the label of every image, each `(images,)`, as the model's indices."""
-        predicted, labels = [], []
-        for pixels, batch_labels in self._loader:
-            with self._accelerator.autocast():
-                logits = self._prepared_model(pixel_values=normalize(pixels, self._processor)).logits
-            gathered = self._accelerator.gather_for_metrics((logits.argmax(-1), batch_labels))
-            predicted.append(gathered[0].cpu())
-            labels.append(gathered[1].cpu())
-        return torch.cat(predicted), torch.cat(labels)
+        batches = ranked_classes(self._prepared_model, self._loader, self._processor, self._accelerator)
+        ranked, labels = zip(*batches)
+        return torch.cat(ranked)[:, 0], torch.cat(labels)
 
     def score_and_time(self) -> dict[str, float]:
         """The same, with the speed of the forward pass alone, of the first batch.

@@ -1,6 +1,6 @@
 """What a teacher says of fixed views of every training image: computed once, stored, and trained on in many runs.
 
-    OUT/data/train-00000-of-00025.parquet   a row per image, see `FEATURES`; `datasets.load_dataset(OUT)` reads it
+    OUT/data/train-00000-of-00025.parquet   a row per image, see `Manifest.features`; `load_dataset(OUT)` reads it
     OUT/teacher_views.json                  how it was made: teacher, data, views
 
 An image is found again by a digest of its pixels, so that splits, subsets and the order of the images may change. A
