@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .backends import HAS_KERNELS, selective_scan_backend, states_shape
+from .causal_conv1d import causal_conv1d, conv_kernels
 from .operators import define
-from .selective_scan import causal_conv1d, kernels_of, selective_scan
+from .selective_scan import scan_kernels, selective_scan
 
 
 def bidirectional_scan(
@@ -95,13 +96,12 @@ def _compute(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, `chosen`, and the states that the backward pass starts from (empty unless `keep_states`)."""
-    kernels = kernels_of(backend)
     x, z = xz.chunk(2, dim=-1)
-    x = kernels.conv_forward(x, conv_weight, conv_bias)
+    x = conv_kernels(backend).forward(x, conv_weight, conv_bias)
     chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
     low_rank_dt, B, C = _split(chosen, x, A)
     dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
-    out, states = kernels.scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
+    out, states = scan_kernels(backend).forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
     return out, chosen, states
 
 
@@ -132,13 +132,13 @@ def _compute_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A and D."""
-    kernels = kernels_of(backend)
+    conv = conv_kernels(backend)
     inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     conv_input, z = xz.chunk(2, dim=-1)
-    x = kernels.conv_forward(conv_input, conv_weight, conv_bias)
+    x = conv.forward(conv_input, conv_weight, conv_bias)
     low_rank_dt, B, C = _split(chosen, x, A)
     dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
-    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = kernels.scan_backward(
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = scan_kernels(backend).backward(
         dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states
     )
     del dt
@@ -151,7 +151,7 @@ def _compute_backward(
     dx_proj = torch.bmm(dchosen.mT, x.flatten(1, 2))
     dx = dx.to(xz.dtype)
     dx.flatten(1, 2).baddbmm_(dchosen, x_proj)
-    dconv_input, dconv_weight, dconv_bias = kernels.conv_backward(dx, conv_input, conv_weight, conv_bias)
+    dconv_input, dconv_weight, dconv_bias = conv.backward(dx, conv_input, conv_weight, conv_bias)
     dxz = torch.cat((dconv_input.to(xz.dtype), dz.to(xz.dtype)), dim=-1)
     gradients = (dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD)
     return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs)]

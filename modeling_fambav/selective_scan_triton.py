@@ -1,4 +1,4 @@
-"""GPU kernels of the selective scan and of the convolution before it, in Triton, which comes with torch.
+"""GPU kernels of the selective scan, in Triton, which comes with torch.
 
 As the CPU kernels, one launch does all directions and everything around the scan, tensors are channels-last, and the
 backward direction walks through time from the end. At a few hundred tokens a plain loop over time with the states of
@@ -24,12 +24,11 @@ except ImportError:  # within `try`, because transformers loads no remote code w
     raise
 
 from .backends import CHUNK_STEPS, states_shape
+from .triton_launch import OPTIONS, as_rows
 
 _CHUNK = CHUNK_STEPS["triton"]
 # Channels of a program.
 _BLOCK = 32
-# A product and a sum in one instruction: Triton's default today, no longer from 3.10 on.
-_OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -185,79 +184,7 @@ def _scan_backward(
         tl.store(ddt_bias + image_direction * channels + e, bias_sum, is_channel)
 
 
-@triton.jit
-def _convolved(
-    x, weight, bias, b, t, e, is_channel, num_tokens, channels, x_row,
-    G: tl.constexpr, KERNEL_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Before the SiLU, for a vector of positions t: (positions, channels)."""
-    is_position = (t >= 0) & (t < num_tokens)
-    total = tl.load(bias + G * channels + e, is_channel, 0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(KERNEL_SIZE):
-        source = t - (KERNEL_SIZE - 1 - k) if G == 0 else t + (KERNEL_SIZE - 1 - k)
-        exists = is_position & (source >= 0) & (source < num_tokens)
-        pointers = x + (b * num_tokens + source[:, None]) * x_row + e[None, :]
-        x_s = tl.load(pointers, exists[:, None] & is_channel[None, :], 0.0).to(tl.float32)
-        w = tl.load(weight + (G * KERNEL_SIZE + k) * channels + e, is_channel, 0.0).to(tl.float32)
-        total += x_s * w[None, :]
-    return total
-
-
-@triton.jit
-def _conv_forward(
-    x, weight, bias, out, batch_size, num_tokens, channels, x_row,
-    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
-    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    is_channel = e < channels
-    for g in tl.static_range(NUM_DIRECTIONS):
-        u = _convolved(x, weight, bias, b, t, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
-        pointers = out + ((g * batch_size + b) * num_tokens + t[:, None]) * channels + e[None, :]
-        tl.store(pointers, u * tl.sigmoid(u), (t < num_tokens)[:, None] & is_channel[None, :])
-
-
-@triton.jit
-def _conv_backward(
-    dout, x, weight, bias, dx, dweight, dbias, batch_size, num_tokens, channels, dout_row, x_row,
-    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradients. dweight (blocks of positions * B*G*K, E) and dbias (.. * B*G, E) are per image and block.
-
-    What a token gives to its K neighbours is computed again for each of them, which needs no second pass."""
-    b = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
-    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    is_channel = e < channels
-    here = (t < num_tokens)[:, None] & is_channel[None, :]
-    x_t = tl.load(x + (b * num_tokens + t[:, None]) * x_row + e[None, :], here, 0.0).to(tl.float32)
-    dx_t = tl.zeros((POSITIONS, BLOCK), tl.float32)
-    for g in tl.static_range(NUM_DIRECTIONS):
-        direction = (tl.program_id(1) * batch_size + b) * NUM_DIRECTIONS + g
-        for k in tl.static_range(KERNEL_SIZE):
-            # The token that sees this one through tap k
-            seer = t + (KERNEL_SIZE - 1 - k) if g == 0 else t - (KERNEL_SIZE - 1 - k)
-            exists = ((seer >= 0) & (seer < num_tokens))[:, None] & here
-            u = _convolved(x, weight, bias, b, seer, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
-            s = tl.sigmoid(u)
-            pointers = dout + ((g * batch_size + b) * num_tokens + seer[:, None]) * dout_row + e[None, :]
-            du = tl.load(pointers, exists, 0.0).to(tl.float32) * s * (1.0 + u * (1.0 - s))
-            w = tl.load(weight + (g * KERNEL_SIZE + k) * channels + e, is_channel, 0.0).to(tl.float32)
-            dx_t += du * w[None, :]
-            tl.store(dweight + (direction * KERNEL_SIZE + k) * channels + e, tl.sum(du * x_t, 0), is_channel)
-            if k == KERNEL_SIZE - 1:  # through the last tap a token sees itself
-                tl.store(dbias + direction * channels + e, tl.sum(du, 0), is_channel)
-    tl.store(dx + (b * num_tokens + t[:, None]) * channels + e[None, :], dx_t, here)
-
-
 # ---- tensors in, tensors out ----
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    """Everything but the last dimension as rows; a view wherever the strides allow it."""
-    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _scan_options(x: Tensor, A: Tensor, z: Tensor | None, dt_scale: Tensor | None) -> dict[str, int]:
@@ -271,7 +198,7 @@ def _scan_options(x: Tensor, A: Tensor, z: Tensor | None, dt_scale: Tensor | Non
         "STATE_BLOCK": state_block,
         # At most 16 states a lane: more spill registers in the backward pass
         "num_warps": max(1, state_block * _BLOCK // 512),
-        **_OPTIONS,
+        **OPTIONS,
     }
 
 
@@ -281,7 +208,7 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> list[Tensor]:
     dt_bias = torch.zeros_like(D) if dt_bias is None else dt_bias.contiguous()
     z = x if z is None else z
     dt_scale = x if dt_scale is None else dt_scale.float().contiguous()
-    return [_as_rows(x), _as_rows(dt), A, _as_rows(B), _as_rows(C), D.contiguous(), _as_rows(z), dt_bias, dt_scale]
+    return [as_rows(x), as_rows(dt), A, as_rows(B), as_rows(C), D.contiguous(), as_rows(z), dt_bias, dt_scale]
 
 
 def scan_forward(
@@ -334,7 +261,7 @@ def scan_backward(
     state_size, num_blocks = A.shape[-1], triton.cdiv(channels, _BLOCK)
     options = _scan_options(x, A, z, dt_scale)
     inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    dout = _as_rows(dout)
+    dout = as_rows(dout)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -352,36 +279,3 @@ def scan_backward(
         **options,
     )  # fmt: skip
     return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), None if z is None else dz, ddt_bias.sum(0)
-
-
-def _conv_launch(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and options of the convolution kernels."""
-    batch_size, num_tokens, channels = x.shape
-    positions = min(16, triton.next_power_of_2(num_tokens))
-    grid = (batch_size, triton.cdiv(num_tokens, positions), triton.cdiv(channels, 64))
-    options = {"NUM_DIRECTIONS": weight.shape[0], "KERNEL_SIZE": weight.shape[-1], "POSITIONS": positions, "BLOCK": 64}
-    return grid, options | _OPTIONS
-
-
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`causal_conv1d` without gradients."""
-    grid, options = _conv_launch(x, weight)
-    rows, weight, bias = _as_rows(x), weight.mT.contiguous(), bias.contiguous()
-    out = x.new_empty(weight.shape[0], *x.shape)
-    _conv_forward[grid](rows, weight, bias, out, *x.shape, rows.stride(0), **options)
-    return out
-
-
-def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, in float32."""
-    grid, options = _conv_launch(x, weight)
-    num_directions, channels, kernel_size = weight.shape
-    rows, dout, weight, bias = _as_rows(x), _as_rows(dout), weight.mT.contiguous(), bias.contiguous()
-    buffers = {"dtype": torch.float32, "device": x.device}
-    dx = torch.empty(x.shape, **buffers)
-    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)
-    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, **buffers)
-    _conv_backward[grid](
-        dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options
-    )
-    return dx, dweight.sum(0).mT, dbias.sum(0)

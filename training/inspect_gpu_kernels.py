@@ -150,7 +150,8 @@ def _recorded_launches(target: str) -> Iterator[list[Launch]]:
 
 def _launch_layer(case: Case) -> None:
     """All kernels of a layer, forward and backward, on tensors without data."""
-    from modeling_fambav import selective_scan_triton as kernels
+    from modeling_fambav.causal_conv1d_triton import conv_backward, conv_forward
+    from modeling_fambav.selective_scan_triton import scan_backward, scan_forward
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -160,14 +161,14 @@ def _launch_layer(case: Case) -> None:
     xz = empty(batch_size, num_tokens, 2 * channels)
     conv_input, z = xz.chunk(2, dim=-1)
     conv_weight, conv_bias = empty(2, channels, 4, dtype=float32), empty(2, channels, dtype=float32)
-    x = kernels.conv_forward(conv_input, conv_weight, conv_bias)
+    x = conv_forward(conv_input, conv_weight, conv_bias)
     chosen = empty(2, batch_size, num_tokens, rank + 2 * state_size)
     _, B, C = chosen.split([rank, state_size, state_size], dim=-1)
     A, D, dt_bias = empty(2, channels, state_size, dtype=float32), *(empty(2, channels, dtype=float32) for _ in "ab")
     inputs = (x, torch.empty_like(x), A, B, C, D, z, dt_bias, None)
-    out, states = kernels.scan_forward(*inputs, keep_states=True)
-    dx, *_ = kernels.scan_backward(torch.empty_like(out), *inputs, states)
-    kernels.conv_backward(dx.to(case.dtype), conv_input, conv_weight, conv_bias)
+    out, states = scan_forward(*inputs, keep_states=True)
+    dx, *_ = scan_backward(torch.empty_like(out), *inputs, states)
+    conv_backward(dx.to(case.dtype), conv_input, conv_weight, conv_bias)
 
 
 def resident_warps(target: Target, registers: int, shared_memory: int, num_warps: int) -> int:

@@ -16,7 +16,9 @@ import torch
 _SOURCES = (
     "backends",
     "bidirectional_scan",
+    "causal_conv1d",
     "causal_conv1d_numba",
+    "causal_conv1d_triton",
     "numba_channels",
     "numba_functions",
     "numba_jobs",
@@ -31,6 +33,7 @@ _SOURCES = (
     "selective_scan_triton",
     "token_fusion",
     "token_fusion_numba",
+    "triton_launch",
 )
 
 
@@ -85,3 +88,13 @@ def define(
             operator.register_autograd(gradients, setup_context=save)
         _defined.append(operator)
     return getattr(torch.ops.fambav, name).default
+
+
+def check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse an argument of an operator, if it is given, that has not this shape.
+
+    Raises:
+        ValueError: with the name and both shapes.
+    """
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape}")

@@ -1,4 +1,4 @@
-"""The selective scan and the causal convolution in plain torch operations: any device, any dtype, no extra package.
+"""The selective scan in plain torch operations: any device, any dtype, no extra package.
 
 Names are those of `selective_scan.py`. On the devices that come here every call of an operation costs time, so there
 are few of them: about a hundred for the scan of 197 tokens. Decays and drives of a chunk of steps are computed at
@@ -42,21 +42,6 @@ def scan(
         recurrence(*(in_scan_order(tensor) for tensor in (x_, delta)), A, in_scan_order(B), in_scan_order(C))
     )
     return gated_mean(torch.addcmul(y, D[:, None, None, :], x_), z).to(x.dtype)
-
-
-def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `causal_conv1d`, with gradients by autograd. One shifted multiply-add per tap, in float32 or wider."""
-    dtype, num_tokens, last_tap = x.dtype, x.shape[1], weight.shape[-1] - 1
-    x, weight, bias = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (x, weight, bias))
-    padded = F.pad(x, (0, 0, last_tap, last_tap))
-    outputs = []
-    for direction in range(weight.shape[0]):
-        output = bias[direction].expand_as(x)
-        for tap in range(last_tap + 1):
-            first = tap if direction == 0 else 2 * last_tap - tap
-            output = torch.addcmul(output, padded[:, first : first + num_tokens], weight[direction, :, tap])
-        outputs.append(output)
-    return F.silu(torch.stack(outputs)).to(dtype)
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_scale: Tensor | None) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from modeling_fambav import FambaVForImageClassification, backends, match_tokens, set_selective_scan_backend
+from modeling_fambav.causal_conv1d import causal_conv1d
 from modeling_fambav.rms_norm import rms_norm
-from modeling_fambav.selective_scan import causal_conv1d, selective_scan
+from modeling_fambav.selective_scan import selective_scan
 from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tiny_config
 
 

@@ -1,4 +1,4 @@
-"""The selective scan and the convolution: every backend against golden numbers and against the float64 reference."""
+"""The selective scan: every backend against golden numbers and against the float64 reference."""
 
 import functools
 import math
@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import modeling_fambav.selective_scan as scan_module
-from modeling_fambav import backends, set_selective_scan_backend
-from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+from modeling_fambav import set_selective_scan_backend
+from modeling_fambav.causal_conv1d import causal_conv1d
+from modeling_fambav.selective_scan import selective_scan, selective_scan_reference
 from modeling_fambav.selective_scan_torch import recurrence
 from support.helpers import (
+    assert_results_close,
+    assert_same_bits,
+    conv_inputs,
     gradient_of,
-    random_tensor,
+    in_float64,
+    non_contiguous,
     read_fixture,
     scan_in_child,
     scan_inputs,
@@ -27,34 +32,8 @@ from support.helpers import (
 )
 
 
-@pytest.fixture(autouse=True)
-def restored_settings():
-    """Tests may choose a backend and a number of threads."""
-    chosen, num_threads = set_selective_scan_backend(None), torch.get_num_threads()
-    yield
-    backends._chosen = chosen
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(params=["torch", "numba"])
-def backend(request):
-    set_selective_scan_backend(request.param)
-    return request.param
-
-
 def reference(**inputs: Tensor | None) -> Tensor:
     return selective_scan_reference(**inputs)[0]
-
-
-def in_float64(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: tensor if tensor is None else tensor.double() for name, tensor in inputs.items()}
-
-
-def assert_results_close(actual: dict, expected: dict, rtol: float, atol: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in actual.items():
-        expected_tensor = expected[name].to(tensor.dtype)
-        torch.testing.assert_close(tensor, expected_tensor, rtol=rtol, atol=atol, msg=lambda msg: f"{name}: {msg}")
 
 
 # ---- values and gradients ----
@@ -155,7 +134,6 @@ def test_an_empty_batch(backend):
     results = scan_with_gradients(selective_scan, scan_inputs(2, 0, 9, 32, 4))
     assert results["out"].shape == (0, 9, 32) and results["dx"].shape == (2, 0, 9, 32)
     assert not results["dA"].any()
-    assert causal_conv1d(**conv_inputs(2, 0, 9, 32, 4, torch.float32)).shape == (2, 0, 9, 32)
 
 
 def test_all_arguments_in_bfloat16(backend):
@@ -279,14 +257,6 @@ def test_the_error_of_a_scaled_time_step_falls_with_its_square(copies):
 # ---- layouts and gradients ----
 
 
-def non_contiguous(tensor: Tensor, kind: str) -> Tensor:
-    """The same values in another memory layout."""
-    if kind == "transposed":
-        return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
-    columns = tensor.repeat_interleave(2, dim=-1) if kind == "every second" else torch.cat((tensor, tensor), dim=-1)
-    return columns[..., ::2] if kind == "every second" else columns[..., : tensor.shape[-1]]
-
-
 @pytest.mark.parametrize("kind", ["transposed", "every second", "part of wider rows"])
 def test_non_contiguous_inputs(backend, kind):
     inputs = scan_inputs(2, 2, 13, 32, 4)
@@ -343,64 +313,6 @@ def test_gradcheck_of_the_torch_backend(shape):
     assert torch.autograd.gradcheck(lambda *tensors: selective_scan(*tensors, dt_scale), leaves)
 
 
-# ---- convolution ----
-
-
-def conv_inputs(num_directions: int, batch_size: int, num_tokens: int, channels: int, kernel_size: int, dtype):
-    return {
-        "x": random_tensor(batch_size, num_tokens, channels, seed=1, dtype=dtype),
-        "weight": random_tensor(num_directions, channels, kernel_size, seed=2, dtype=torch.float32),
-        "bias": random_tensor(num_directions, channels, seed=3, dtype=torch.float32),
-    }
-
-
-def conv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """torch's own convolution; the backward direction is turned round before and after."""
-    outputs = []
-    for direction in range(weight.shape[0]):
-        sequence = x.flip(1) if direction == 1 else x
-        padded = F.pad(sequence.mT, (weight.shape[-1] - 1, 0))
-        output = F.silu(F.conv1d(padded, weight[direction].unsqueeze(1), bias[direction], groups=x.shape[-1])).mT
-        outputs.append(output.flip(1) if direction == 1 else output)
-    return torch.stack(outputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel_size", [1, 3, 4])
-@pytest.mark.parametrize("shape", [(1, 2, 13, 33), (2, 3, 65, 192), (2, 1, 2, 16), (2, 2, 1, 17)], ids=str)
-def test_convolution_equals_torchs_own(backend, shape, kernel_size, dtype):
-    inputs = conv_inputs(*shape, kernel_size, dtype)
-    results = scan_with_gradients(causal_conv1d, inputs)
-    assert results["out"].dtype == results["dx"].dtype == dtype
-    assert results["dweight"].dtype == results["dbias"].dtype == torch.float32
-    expected = scan_with_gradients(conv_reference, in_float64(inputs))
-    assert_results_close(results, expected, **tolerance("conv", dtype))
-
-
-def test_numba_rounds_the_convolution_to_bfloat16_once():
-    set_selective_scan_backend("numba")
-    inputs = conv_inputs(2, 3, 37, 65, 4, torch.bfloat16)
-    wide = {name: tensor.float() for name, tensor in inputs.items()}
-    expected = scan_with_gradients(lambda **wide: causal_conv1d(**wide).bfloat16(), wide)
-    assert_results_close(scan_with_gradients(causal_conv1d, inputs), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["transposed", "every second", "part of wider rows"])
-def test_convolution_of_non_contiguous_inputs(backend, kind):
-    inputs = conv_inputs(2, 2, 13, 32, 4, torch.float32)
-    views = {name: non_contiguous(tensor, kind) for name, tensor in inputs.items()}
-    assert not views["x"].is_contiguous()
-    assert_results_close(
-        scan_with_gradients(causal_conv1d, views), scan_with_gradients(causal_conv1d, inputs), rtol=1e-6, atol=1e-6
-    )
-
-
-def test_gradcheck_of_the_torch_convolution():
-    set_selective_scan_backend("torch")
-    leaves = [tensor.double().requires_grad_() for tensor in conv_inputs(2, 2, 5, 2, 3, torch.float64).values()]
-    assert torch.autograd.gradcheck(causal_conv1d, leaves)
-
-
 # ---- wrong arguments ----
 
 
@@ -428,30 +340,18 @@ def test_wrong_shapes_of_the_scan(backend, name, shape):
         selective_scan(**inputs)
 
 
-@pytest.mark.parametrize(
-    "name, shape",
-    [("x", (2, 2, 5, 16)), ("weight", (2, 32, 4)), ("weight", (3, 16, 4)), ("bias", (2, 32)), ("bias", (3, 16))],
-)
-def test_wrong_shapes_of_the_convolution(backend, name, shape):
-    inputs = conv_inputs(2, 2, 5, 16, 4, torch.float32) | {name: torch.zeros(shape)}
-    with pytest.raises(ValueError, match=rf"^{name} of shape"):
-        causal_conv1d(**inputs)
-
-
 # ---- threads and processes ----
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_numba_results_do_not_depend_on_threads_or_runs(num_threads):
     set_selective_scan_backend("numba")
-    scan, conv = scan_inputs(2, 3, 70, 150, 4), conv_inputs(2, 3, 70, 150, 4, torch.float32)
+    inputs = scan_inputs(2, 3, 70, 150, 4)
     torch.set_num_threads(1)
-    expected = scan_with_gradients(selective_scan, scan), scan_with_gradients(causal_conv1d, conv)
+    expected = scan_with_gradients(selective_scan, inputs)
     torch.set_num_threads(num_threads)
     for _ in range(3):
-        again = scan_with_gradients(selective_scan, scan), scan_with_gradients(causal_conv1d, conv)
-        for results, expected_results in zip(again, expected):
-            assert all(torch.equal(results[name], expected_results[name]) for name in expected_results)
+        assert_same_bits(scan_with_gradients(selective_scan, inputs), expected)
 
 
 def test_two_python_threads_at_the_same_time(backend):
@@ -513,12 +413,7 @@ def test_opcheck_of_the_scan(dtype, optional):
     leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
     if not optional:
         leaves[-3:] = [None, None, None]
-    torch.library.opcheck(scan_module._fused_scan, (*leaves, True, "numba"))
-
-
-def test_opcheck_of_the_convolution():
-    leaves = [tensor.requires_grad_() for tensor in conv_inputs(2, 2, 5, 20, 4, torch.float32).values()]
-    torch.library.opcheck(scan_module._fused_conv, (*leaves, "numba"))
+    torch.library.opcheck(scan_module._scan, (*leaves, True, "numba"))
 
 
 def test_opcheck_of_the_recurrence():

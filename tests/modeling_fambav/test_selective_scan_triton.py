@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modeling_fambav import backends, set_selective_scan_backend
-from modeling_fambav.selective_scan import causal_conv1d, selective_scan, selective_scan_reference
+from modeling_fambav.causal_conv1d import causal_conv1d
+from modeling_fambav.selective_scan import selective_scan, selective_scan_reference
 from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
 
 pytest.importorskip("triton")

@@ -162,6 +162,38 @@ def scan_with_gradients(function, inputs: dict[str, Tensor | None]) -> dict[str,
     return {"out": out.detach(), **gradients}
 
 
+def in_float64(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: tensor if tensor is None else tensor.double() for name, tensor in inputs.items()}
+
+
+def assert_results_close(actual: dict, expected: dict, rtol: float, atol: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        expected_tensor = expected[name].to(tensor.dtype)
+        torch.testing.assert_close(tensor, expected_tensor, rtol=rtol, atol=atol, msg=lambda msg: f"{name}: {msg}")
+
+
+def non_contiguous(tensor: Tensor, kind: str) -> Tensor:
+    """The same values in another memory layout: "transposed", "every second" or "part of wider rows"."""
+    if kind == "transposed":
+        return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+    columns = tensor.repeat_interleave(2, dim=-1) if kind == "every second" else torch.cat((tensor, tensor), dim=-1)
+    return columns[..., ::2] if kind == "every second" else columns[..., : tensor.shape[-1]]
+
+
+def conv_inputs(num_directions: int, batch_size: int, num_tokens: int, channels: int, kernel_size: int, dtype):
+    return {
+        "x": random_tensor(batch_size, num_tokens, channels, seed=1, dtype=dtype),
+        "weight": random_tensor(num_directions, channels, kernel_size, seed=2, dtype=torch.float32),
+        "bias": random_tensor(num_directions, channels, seed=3, dtype=torch.float32),
+    }
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def scan_in_child(connection, shape: tuple[int, ...], num_threads: int) -> None:
     """Body of a child process: send the results of a scan, as arrays, through a pipe."""
     torch.set_num_threads(num_threads)
