@@ -2,7 +2,7 @@
 # make test     the fast tests: every operator, script and public class
 # make test-all all tests that need no GPU: also those that start processes, export, or visit a page
 # make bench    time and memory beside DeiT, on this machine's CPU
-# make quality  check style; make style mends it
+# make quality  check style and types; make style mends style
 # make code     copy modeling_fambav/ into the checkpoints under model_cards/, after it was changed
 #
 # The environment is made on first use, in .venv. PYTHON chooses the interpreter (3.11 or newer).
@@ -34,6 +34,7 @@ code:
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -150,7 +150,7 @@ def _choice(device: str) -> str:
 
 
 def _warn_of_slower_choice(device: str, chosen: str, passed_over: list[str]) -> None:
-    problems = [_problem_of(name) for name in passed_over]
+    problems = [problem for name in passed_over if (problem := _problem_of(name)) is not None]
     if chosen != "torch":  # one set of kernels is enough, but one that is broken was meant to be used
         problems = [problem for problem in problems if not problem.is_missing]
     if problems:

@@ -20,9 +20,8 @@ class FambaVPatchEmbeddings(nn.Module):
     def __init__(self, config: FambaVConfig):
         super().__init__()
         self.num_channels = config.num_channels
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_stride
-        )
+        stride = config.patch_stride or config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         _check_pixel_values(pixel_values, self.num_channels)
@@ -36,12 +35,13 @@ class FambaVConvolutionalStem(nn.Module):
     arXiv:2106.14881). Batch norm and ReLU follow all but the last convolution, which has a bias instead.
     """
 
-    def __init__(self, config: FambaVConfig):
+    def __init__(self, config: FambaVConfig, stem_channels: list[int]):
         super().__init__()
+        self.num_channels = config.num_channels
         self.patch_size = config.patch_size
-        widths = [config.num_channels, *config.stem_channels, config.hidden_size]
+        widths = [config.num_channels, *stem_channels, config.hidden_size]
         halvings = config.patch_size.bit_length() - 1
-        layers = []
+        layers: list[nn.Module] = []
         for index, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
             remaining = len(widths) - 1 - index
             stride = 2 if remaining <= halvings else 1
@@ -52,10 +52,10 @@ class FambaVConvolutionalStem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        _check_pixel_values(pixel_values, self.layers[0].in_channels)
+        _check_pixel_values(pixel_values, self.num_channels)
         # Without what no whole patch covers, as the projection of patches leaves it out
         height, width = (side // self.patch_size * self.patch_size for side in pixel_values.shape[-2:])
-        pixel_values = pixel_values[..., :height, :width].to(self.layers[0].weight.dtype)
+        pixel_values = pixel_values[..., :height, :width].to(next(self.parameters()).dtype)
         return self.layers(pixel_values).flatten(2).transpose(1, 2)
 
 
@@ -65,15 +65,18 @@ class FambaVEmbeddings(nn.Module):
     def __init__(self, config: FambaVConfig):
         super().__init__()
         self.config = config
-        has_stem = config.stem_channels is not None
-        self.patch_embeddings = FambaVConvolutionalStem(config) if has_stem else FambaVPatchEmbeddings(config)
+        if config.stem_channels is None:
+            self.patch_embeddings = FambaVPatchEmbeddings(config)
+        else:
+            self.patch_embeddings = FambaVConvolutionalStem(config, config.stem_channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> tuple[Tensor, int]:
         """Returns the tokens `(B, T, D)` and the index of the class token."""
-        positions = self._positions(*pixel_values.shape[-2:], interpolate_pos_encoding)
+        height, width = pixel_values.shape[-2:]
+        positions = self._positions(height, width, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values)
         class_index = self.class_index_of(patches.shape[1])
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)

@@ -140,7 +140,7 @@ def selective_scan_reference(
             y[t] = (C_g[:, t, None] * h).sum(-1) + D_g * x_t.squeeze(-1)
         outputs.append(torch.stack([y[t] for t in range(num_tokens)], dim=1))
         last_states.append(h)
-    out = sum(outputs) / num_directions
+    out = torch.stack(outputs).mean(0)
     if z is not None:
         out = out * F.silu(z.to(dtype))
     return out.to(x.dtype), torch.stack(last_states)

@@ -6,7 +6,7 @@ into one number per layer, and the model only reads those numbers.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers.backbone_utils import BackboneConfigMixin
@@ -162,7 +162,7 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.image_size, list):  # JSON has no tuples
-            self.image_size = tuple(self.image_size)
+            self.image_size = cast(tuple[int, int], tuple(self.image_size))
         if self.patch_stride is None:
             self.patch_stride = self.patch_size
         if self.time_step_rank == "auto":
@@ -218,7 +218,8 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def image_height_width(self) -> tuple[int, int]:
         """`image_size` as a pair, in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return height, width
 
     @property
     def intermediate_size(self) -> int:
@@ -238,7 +239,8 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def patch_grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an input of `height` x `width` pixels."""
-        return tuple((side - self.patch_size) // self.patch_stride + 1 for side in (height, width))
+        stride = self.patch_stride or self.patch_size
+        return (height - self.patch_size) // stride + 1, (width - self.patch_size) // stride + 1
 
     # ---- stages of a backbone ----
 
@@ -369,7 +371,7 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"patch_size={self.patch_size}: expected at most the {name} of image_size={self.image_size}"
                 )
-            if (side - self.patch_size) % self.patch_stride != 0:
+            if (side - self.patch_size) % (self.patch_stride or self.patch_size) != 0:
                 raise ValueError(
                     f"image_size={self.image_size}: expected a {name} that whole patches cover, that is "
                     f"patch_size={self.patch_size} plus a multiple of patch_stride={self.patch_stride}"

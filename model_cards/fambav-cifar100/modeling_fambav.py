@@ -20,10 +20,9 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+from typing_extensions import Unpack
 
 from .bidirectional_scan import bidirectional_scan
 from .configuration_fambav import FambaVConfig
@@ -107,7 +106,7 @@ class FambaVScanDirection(nn.Module):
 
     def __init__(self, config: FambaVConfig):
         super().__init__()
-        channels, state_size, rank = config.intermediate_size, config.state_size, config.time_step_rank
+        channels, state_size, rank = config.intermediate_size, config.state_size, int(config.time_step_rank)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
         self.x_proj = nn.Linear(channels, rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(rank, channels)
@@ -196,6 +195,13 @@ def fuse_tokens(
     return matching.merge(normed, weights), matching.merge(residual, weights), fused
 
 
+def _fill(value: float, *tensors: Tensor | None) -> None:
+    """Set those tensors of a module that it has, unless they were loaded."""
+    for tensor in tensors:
+        if tensor is not None:
+            init.constant_(tensor, value)
+
+
 class FambaVPreTrainedModel(PreTrainedModel):
     """Weight initialisation (as Mamba and Vim), and what transformers needs to know of the classes.
 
@@ -207,7 +213,7 @@ class FambaVPreTrainedModel(PreTrainedModel):
     config: FambaVConfig
     base_model_prefix = "fambav"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["FambaVEmbeddings", "FambaVLayer"]
     _input_embed_layer = "patch_embeddings"
@@ -232,7 +238,7 @@ class FambaVPreTrainedModel(PreTrainedModel):
             weight = module.projection.weight
             std = weight[0].numel() ** -0.5 / 0.87962566103423978
             init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-            init.zeros_(module.projection.bias)
+            _fill(0.0, module.projection.bias)
         elif isinstance(module, FambaVConvolutionalStem):
             self._init_stem(module)
         elif isinstance(module, FambaVRMSNorm):
@@ -252,14 +258,10 @@ class FambaVPreTrainedModel(PreTrainedModel):
         for layer in module.layers:
             if isinstance(layer, nn.Conv2d):
                 init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                if layer.bias is not None:
-                    init.zeros_(layer.bias)
+                _fill(0.0, layer.bias)
             elif isinstance(layer, nn.BatchNorm2d):
-                init.ones_(layer.weight)
-                init.zeros_(layer.bias)
-                init.zeros_(layer.running_mean)
-                init.ones_(layer.running_var)
-                init.zeros_(layer.num_batches_tracked)
+                _fill(1.0, layer.weight, layer.running_var)
+                _fill(0.0, layer.bias, layer.running_mean, layer.num_batches_tracked)
 
     def decayed_parameters(self) -> list[str]:
         """Names of the parameters that weight decay is for, as in Vim: matrices and filters.
@@ -276,9 +278,9 @@ class FambaVPreTrainedModel(PreTrainedModel):
     def _init_scan_direction(self, module: FambaVScanDirection):
         config = self.config
         init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
-        init.zeros_(module.conv1d.bias)
+        _fill(0.0, module.conv1d.bias)
         init.kaiming_uniform_(module.x_proj.weight, a=math.sqrt(5))
-        init.uniform_(module.dt_proj.weight, -(config.time_step_rank**-0.5), config.time_step_rank**-0.5)
+        init.uniform_(module.dt_proj.weight, -(module.dt_proj.in_features**-0.5), module.dt_proj.in_features**-0.5)
         # softplus(bias) is log-uniform in [time_step_min, time_step_max]
         log_min, log_max = math.log(config.time_step_min), math.log(config.time_step_max)
         uniform = torch.rand_like(module.dt_proj.bias, dtype=torch.float32)
@@ -299,7 +301,7 @@ class FambaVModel(FambaVPreTrainedModel):
         self.layers = nn.ModuleList(
             [FambaVLayer(config, config.drop_path_rate * i / last_layer) for i in range(config.num_hidden_layers)]
         )
-        self.norm = FambaVRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm: nn.Module = FambaVRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.post_init()
 
     @merge_with_config_defaults
@@ -322,9 +324,7 @@ class FambaVModel(FambaVPreTrainedModel):
         Raises:
             ValueError: if `pixel_values` is missing or does not fit the configuration.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values is missing: expected a tensor of shape (batch, channels, height, width)")
-        hidden_states, class_index = self.embeddings(pixel_values, interpolate_pos_encoding)
+        hidden_states, class_index = self.embeddings(_given(pixel_values), interpolate_pos_encoding)
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
 
@@ -350,6 +350,13 @@ class FambaVModel(FambaVPreTrainedModel):
         )
 
 
+def _given(pixel_values: Tensor | None) -> Tensor:
+    """transformers calls models by keyword and wants defaults for all of them."""
+    if pixel_values is None:
+        raise ValueError("pixel_values is missing: expected a tensor of shape (batch, channels, height, width)")
+    return pixel_values
+
+
 def _class_token(hidden_states: Tensor, class_index: int | Tensor) -> Tensor:
     """(B, T, D) -> (B, D)"""
     if isinstance(class_index, int):
@@ -362,9 +369,9 @@ class FambaVForImageClassification(FambaVPreTrainedModel):
 
     def __init__(self, config: FambaVConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.fambav = FambaVModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -423,7 +430,7 @@ class FambaVBackbone(BackboneMixin, FambaVPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the mixin's arguments come in **kwargs
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = True,
@@ -445,19 +452,20 @@ class FambaVBackbone(BackboneMixin, FambaVPreTrainedModel):
         Raises:
             ValueError: as [`FambaVModel.forward`].
         """
+        pixel_values = _given(pixel_values)
         outputs = self.fambav(pixel_values, interpolate_pos_encoding, output_token_maps=True, **kwargs)
         grid = self.config.patch_grid_of(*pixel_values.shape[-2:])
         class_index = self.fambav.embeddings.class_index_of(math.prod(grid))
         first_map = torch.arange(math.prod(grid) + 1, device=pixel_values.device).expand(pixel_values.shape[0], -1)
         token_maps = (first_map, *outputs.token_maps)
 
-        feature_maps = ()
-        for index in self.config.out_indices:
+        feature_maps = []
+        for index in self.config.out_indices or ():
             token_map = token_maps[index]
             patch_map = torch.cat((token_map[:, :class_index], token_map[:, class_index + 1 :]), dim=1)
             patches = unmerge(outputs.hidden_states[index], patch_map)
-            feature_maps += (patches.mT.unflatten(2, grid).to(self.dtype),)
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+            feature_maps.append(patches.mT.unflatten(2, grid).to(self.dtype))
+        return BackboneOutput(feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states)
 
 
 __all__ = ["FambaVBackbone", "FambaVForImageClassification", "FambaVModel", "FambaVPreTrainedModel"]
