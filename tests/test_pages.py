@@ -205,9 +205,9 @@ def _saved(record: dict[str, Any], unfused: dict[str, Any]) -> str:
     return f"{forward}, {step} of {tokens}"
 
 
-def test_the_floor_is_what_was_measured():
-    floor = read_json("benchmarks", "cpu_2_cores", "benchmark.json")["floor"]
-    forward, products, scans = (1000 * floor[name] for name in ("forward", "matrix products", "scans"))
+def test_the_core_operations_are_what_was_measured():
+    seconds = read_json("benchmarks", "cpu_2_cores", "benchmark.json")["core_operations"]
+    forward, products, scans = (1000 * seconds[name] for name in ("forward", "matrix products", "scans"))
     sentence = (
         f"A forward pass without fusion takes {forward:.0f} ms, its matrix products alone {products:.0f} ms, its "
         f"scans alone {scans:.0f} ms: {forward / (products + scans):.2f} times the sum of the two."

@@ -12,15 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from transformers import pipeline
 
 from fambav_training.data.labeled_images import DIGITS, load_labeled_images
 from fambav_training.markdown import markdown_table
+from fambav_training.plots import plot_to
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 OUTPUT = Path("outputs/demo")
@@ -59,22 +55,18 @@ def compare(results: dict[str, dict[str, Any]]) -> str:
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Tokens per layer, training time and training memory, side by side."""
     colors = dict(zip(STRATEGIES, ("tab:gray", "tab:orange")))
-    figure, (tokens, seconds, memory) = plt.subplots(1, 3, figsize=(11, 3.2), width_ratios=(2, 1, 1))
-    for strategy, result in results.items():
-        lengths = result["sequence_lengths"]
-        label = f"{strategy}: top-1 {result['top1']:.1f} %"
-        tokens.plot(range(1, len(lengths) + 1), lengths, "o-", color=colors[strategy], label=label)
-        training_mib = (result["peak_memory_bytes"] - result["start_memory_bytes"]) / 2**20
-        for axis, value in ((seconds, result["train_seconds"]), (memory, training_mib)):
-            axis.bar_label(axis.bar(strategy, value, color=colors[strategy]), fmt="%.0f")
-    tokens.set(xlabel="layer", ylabel="tokens", title="tokens that each layer scans", ylim=0)
-    tokens.legend(loc="lower left")
-    seconds.set(title="training, s")
-    memory.set(title="training memory, MiB")
-    for axis in (tokens, seconds, memory):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with plot_to(path, 11, 3.2, columns=3, width_ratios=(2, 1, 1)) as (tokens, seconds, memory):
+        for strategy, result in results.items():
+            lengths = result["sequence_lengths"]
+            label = f"{strategy}: top-1 {result['top1']:.1f} %"
+            tokens.plot(range(1, len(lengths) + 1), lengths, "o-", color=colors[strategy], label=label)
+            training_mib = (result["peak_memory_bytes"] - result["start_memory_bytes"]) / 2**20
+            for axis, value in ((seconds, result["train_seconds"]), (memory, training_mib)):
+                axis.bar_label(axis.bar(strategy, value, color=colors[strategy]), fmt="%.0f")
+        tokens.set(xlabel="layer", ylabel="tokens", title="tokens that each layer scans", ylim=0)
+        tokens.legend(loc="lower left")
+        seconds.set(title="training, s")
+        memory.set(title="training memory, MiB")
 
 
 def classify_held_out_digit(model: Path) -> None:

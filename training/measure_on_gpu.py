@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from fambav_training.plots import plot_to
 from fambav_training.release.saving import RESULTS_FILE
 from fambav_training.run.log import FILE as METRICS_FILE
 from fambav_training.run.log import read_log
@@ -120,24 +121,15 @@ def accuracy_over_time(output_dir: Path) -> dict[str, Any]:
 
 def plot(curves: dict[str, Any], path: Path) -> None:
     """Top-1 over minutes of training, a line per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for name, color in zip(_RUNS, ("tab:orange", "tab:gray")):
-        points = curves.get(name, {}).get("points", [])
-        minutes = [point["train_seconds"] / 60 for point in points]
-        axis.plot(minutes, [point["top1"] for point in points], "o-", color=color, markersize=3, label=name)
-    for target in _TARGETS:
-        axis.axhline(target, color="lightgray", zorder=0)
-    axis.set(xlabel="minutes of training", ylabel="top-1, %")
-    axis.legend()
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot_to(path, 6, 4) as (axis,):
+        for name, color in zip(_RUNS, ("tab:orange", "tab:gray")):
+            points = curves.get(name, {}).get("points", [])
+            minutes = [point["train_seconds"] / 60 for point in points]
+            axis.plot(minutes, [point["top1"] for point in points], "o-", color=color, markersize=3, label=name)
+        for target in _TARGETS:
+            axis.axhline(target, color="lightgray", zorder=0)
+        axis.set(xlabel="minutes of training", ylabel="top-1, %")
+        axis.legend()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 import benchmark
-from benchmark import Case
+from fambav_training.benchmark import measurement
+from fambav_training.benchmark.cases import SMALL_R, SUITES, Case, cpu_suite, gpu_suite
+from fambav_training.benchmark.measurement import measure, peak_bytes
+from fambav_training.benchmark.report import break_even, core_operations_sentence, table
+from fambav_training.benchmark.workload import CoreOperations, Workload, create_model
 
 CPU = torch.device("cpu")
 
@@ -44,12 +48,12 @@ def test_budgets_at_other_sizes_remove_the_same_share():
 @pytest.mark.parametrize("size, parameters", [("ti", (5.5e6, 7.2e6)), ("s", (21e6, 26e6))])
 def test_models_are_of_the_same_size(size, parameters):
     for family in ("deit", "famba-v"):
-        model = benchmark.Subject._model(Case(family, size))
+        model = create_model(Case(family, size))
         assert parameters[0] < sum(parameter.numel() for parameter in model.parameters()) < parameters[1]
 
 
 def test_suites_compare_what_the_release_is_compared_with():
-    cpu, gpu = benchmark.cpu_suite(), benchmark.gpu_suite()
+    cpu, gpu = cpu_suite(), gpu_suite()
     for suite in (cpu, gpu):
         cases = [case for group in suite.values() for case in group]
         assert {case.strategy for case in cases} == {"none", "all", "interleaved", "lower", "upper"}
@@ -58,12 +62,12 @@ def test_suites_compare_what_the_release_is_compared_with():
         assert all(len({case.dtype for case in group}) == 1 for group in suite.values())
     assert {case.dtype for group in cpu.values() for case in group} == {"float32", "bfloat16"}
     assert {case.backend for group in gpu.values() for case in group} == {None, "triton", "mamba-ssm"}
-    assert {case.fusion_tokens for case in cpu[benchmark.SMALL_R][1:]} == set(range(1, 10))
+    assert {case.fusion_tokens for case in cpu[SMALL_R][1:]} == set(range(1, 10))
 
 
 def test_a_small_case_is_measured():
     cases = [Case("deit", image_size=32, batch_size=2), Case("famba-v", strategy="upper", image_size=64, batch_size=2)]
-    records = benchmark.measure(cases, CPU, rounds=1, train=True, with_memory=False)
+    records = measure(cases, CPU, rounds=1, train=True, with_memory=False)
     assert [entry["label"] for entry in records] == ["DeiT-Ti", "Famba-V-Ti upper"]
     for entry in records:
         assert 0 < entry["forward_seconds"] < entry["step_seconds"]
@@ -73,8 +77,7 @@ def test_a_small_case_is_measured():
 @pytest.mark.slow
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     few, many = (
-        benchmark._peak_bytes(benchmark.Subject(Case("famba-v", image_size=64, batch_size=batch_size), CPU))
-        for batch_size in (2, 32)
+        peak_bytes(Workload(Case("famba-v", image_size=64, batch_size=batch_size), CPU)) for batch_size in (2, 32)
     )
     # 24 layers x 17 tokens x about 4.9 x 384 numbers are kept of every image, 3 MiB
     assert 50 * 2**20 < many - few < 250 * 2**20
@@ -83,7 +86,7 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
 def test_table_has_ratios_to_the_first_row_and_savings_beside_their_limit():
     first = record("DeiT-Ti", forward=0.5, step=1.5, family="deit")
     unfused, fused = record(tokens=100.0), record(strategy="upper", tokens=60.0, forward=0.7, step=1.8)
-    lines = benchmark.table([first, unfused, fused]).splitlines()
+    lines = table([first, unfused, fused]).splitlines()
     assert "| 1.40 " in lines[-1] and "| 1.20 " in lines[-1]  # of the forward pass and of the step
     assert "30%, 40%; 40%" in lines[-1] and "%" not in lines[-2]
 
@@ -93,25 +96,25 @@ def test_break_even_is_the_smallest_r_that_is_faster():
         record(strategy="upper", forward=forward, step=step, fusion_tokens=r)
         for r, forward, step in ((1, 1.1, 3.1), (2, 0.9, 3.0), (3, 0.8, 3.2))
     ]
-    sentence = benchmark.break_even(rows)
+    sentence = break_even(rows)
     assert "forward pass from r = 2" in sentence and "training step for none of these" in sentence
 
 
-def test_floor_sentence_adds_products_and_scans():
-    sentence = benchmark.floor_sentence({"forward": 0.3, "matrix products": 0.15, "scans": 0.1})
+def test_core_operations_are_products_and_scans():
+    sentence = core_operations_sentence({"forward": 0.3, "matrix products": 0.15, "scans": 0.1})
     assert "1.20 times" in sentence
 
 
-def test_floor_does_the_products_of_one_forward_pass(monkeypatch):
+def test_core_operations_are_the_products_of_one_forward_pass():
     case = Case("famba-v", image_size=32, batch_size=2)
-    floor = benchmark.Floor(case, CPU)
-    model = benchmark.Subject._model(case)
+    core = CoreOperations(case, CPU)
+    model = create_model(case)
     mixer = model.fambav.layers[0].mixer
     weights = [mixer.in_proj.weight, *(d.x_proj.weight for d in (mixer.forward_scan, mixer.backward_scan))]
     weights += [mixer.out_proj.weight, *(d.dt_proj.weight for d in (mixer.forward_scan, mixer.backward_scan))]
-    assert sum(right.numel() for _, right in floor.projections) == sum(weight.numel() for weight in weights)
-    assert floor.num_layers == 24
-    floor.products(), floor.scans()
+    assert sum(right.numel() for _, right in core.projections) == sum(weight.numel() for weight in weights)
+    assert core.num_layers == 24
+    core.products(), core.scans()
 
 
 def test_main_writes_a_report(tmp_path, monkeypatch, capsys):
@@ -120,9 +123,11 @@ def test_main_writes_a_report(tmp_path, monkeypatch, capsys):
         Case("famba-v", image_size=32, batch_size=1),
         Case("famba-v", strategy="upper", image_size=64, batch_size=1),
     ]
-    monkeypatch.setitem(benchmark._SUITES, "quick", lambda: {"a title": cases})
-    monkeypatch.setattr(benchmark, "_peak_bytes", lambda subject: 2**20)
-    monkeypatch.setattr(benchmark, "measure_floor", lambda *_: {"forward": 3.0, "matrix products": 1, "scans": 1})
+    monkeypatch.setitem(SUITES, "quick", lambda: {"a title": cases})
+    monkeypatch.setattr(measurement, "peak_bytes", lambda workload: 2**20)
+    monkeypatch.setattr(
+        benchmark, "measure_core_operations", lambda *_: {"forward": 3.0, "matrix products": 1, "scans": 1}
+    )
     monkeypatch.setattr(
         sys, "argv", ["benchmark.py", "--suite", "quick", "--rounds", "1", "--output_dir", str(tmp_path)]
     )

@@ -10,6 +10,7 @@ from fambav_training.files import atomic_file
 from fambav_training.fusion.settings import STRATEGIES, UNFUSED, fused, with_fusion
 from fambav_training.fusion.targets import most_tokens
 from fambav_training.markdown import markdown_table
+from fambav_training.plots import plot_to
 from modeling_fambav import FambaVConfig
 
 # What the paper's budgets remove: 168 or 171 of 197 tokens
@@ -141,30 +142,22 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     An ablation has no lines: its points differ in kind, not in number.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     def point(row: dict[str, Any]) -> tuple[float, float]:
         return row["images_per_second"], row["top1"]
 
     unfused, *rows = report["rows"]
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    for strategy in dict.fromkeys(row["strategy"] for row in rows):
-        line = [row for row in rows if row["strategy"] == strategy]
-        style = "o" if any(row["changes"] for row in line) else "o-"
-        axis.plot(*zip(point(unfused), *map(point, line)), style, markersize=4, label=strategy)
-        for row in line:
-            name = ", ".join(_changes(row)) or f"{row['tokens'] or ''}"
-            axis.annotate(name, point(row), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axis.plot(*point(unfused), "o", color="tab:gray", label="none", zorder=3)
-    axis.set(xlabel="images/s", ylabel="top-1, %", title=report["model"])
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    with plot_to(path, 7, 4.2) as (axis,):
+        for strategy in dict.fromkeys(row["strategy"] for row in rows):
+            line = [row for row in rows if row["strategy"] == strategy]
+            style = "o" if any(row["changes"] for row in line) else "o-"
+            axis.plot(*zip(point(unfused), *map(point, line)), style, markersize=4, label=strategy)
+            for row in line:
+                name = ", ".join(_changes(row)) or f"{row['tokens'] or ''}"
+                axis.annotate(name, point(row), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.plot(*point(unfused), "o", color="tab:gray", label="none", zorder=3)
+        axis.set(xlabel="images/s", ylabel="top-1, %", title=report["model"])
+        axis.legend(fontsize=8)
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fambav_training.markdown import markdown_table
 from fambav_training.paper.runs import REPORTED, Run
 from fambav_training.paper.tables import Cell, geometry
+from fambav_training.plots import plot_to
 from modeling_fambav import FambaVConfig
 
 NOT_RUN = "not run"
@@ -215,34 +216,25 @@ def duration(seconds: float) -> str:
 
 def plot(title: str, report: dict[str, Any], path: Path) -> None:
     """Accuracy against training time and against peak memory, a point per cell, bars over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    time_measure = report["time_measure"]
-    time_label = "processor time, s" if time_measure == "processor_seconds" else "training time, s"
-    quantities = {time_measure: (time_label, 1), "peak_memory_bytes": ("peak memory, MiB", 2**20)}
-    for axis, (name, (label, unit)) in zip(axes, quantities.items()):
-        for record in report["cells"]:
-            if record["measured"] is None:
-                continue
-            cost, accuracy = record["measured"][name], record["measured"]["top1"]
-            bars = {}
-            if cost["std"] is not None:
-                bars = {"xerr": cost["std"] / unit, "yerr": accuracy["std"], "capsize": 2}
-            color = "tab:gray" if record["cell"] == "none" else "tab:orange"
-            point = cost["mean"] / unit, accuracy["mean"]
-            axis.errorbar(*point, fmt="o", color=color, **bars)
-            axis.annotate(record["cell"], point, xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axis.set(xlabel=label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="top-1, %")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with plot_to(path, 11, 4.2, columns=2, sharey=True) as axes:
+        time_measure = report["time_measure"]
+        time_label = "processor time, s" if time_measure == "processor_seconds" else "training time, s"
+        quantities = {time_measure: (time_label, 1), "peak_memory_bytes": ("peak memory, MiB", 2**20)}
+        for axis, (name, (label, unit)) in zip(axes, quantities.items()):
+            for record in report["cells"]:
+                if record["measured"] is None:
+                    continue
+                cost, accuracy = record["measured"][name], record["measured"]["top1"]
+                bars = {}
+                if cost["std"] is not None:
+                    bars = {"xerr": cost["std"] / unit, "yerr": accuracy["std"], "capsize": 2}
+                color = "tab:gray" if record["cell"] == "none" else "tab:orange"
+                point = cost["mean"] / unit, accuracy["mean"]
+                axis.errorbar(*point, fmt="o", color=color, **bars)
+                axis.annotate(record["cell"], point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axis.set(xlabel=label)
+        axes[0].set(ylabel="top-1, %")
+        axes[0].figure.suptitle(title)
 
 
 def write_report(title: str, report: dict[str, Any], folder: Path) -> None:

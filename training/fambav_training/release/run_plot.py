@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from fambav_training.plots import plot_to
 
 
 def plot_run(records: list[dict[str, Any]], sequence_lengths: list[int], path: Path) -> None:
@@ -18,20 +14,15 @@ def plot_run(records: list[dict[str, Any]], sequence_lengths: list[int], path: P
         sequence_lengths: tokens that each layer scans.
         path: file to write.
     """
-    figure, (loss, tokens) = plt.subplots(1, 2, figsize=(9, 3.2))
-    losses = [(record["step"], record["train_loss"]) for record in records if "train_loss" in record]
-    loss.plot(*zip(*losses), color="tab:gray")
-    loss.set(xlabel="step", title="training loss")
-    scores = [(record["step"], record["top1"]) for record in records if "top1" in record]
-    if scores:
-        accuracy = loss.twinx()
-        accuracy.plot(*zip(*scores), "o-", color="tab:orange", markersize=3)
-        accuracy.set_ylabel("top-1, %", color="tab:orange")
-        accuracy.spines["top"].set_visible(False)
-    tokens.bar(range(1, len(sequence_lengths) + 1), sequence_lengths, color="tab:orange")
-    tokens.set(xlabel="layer", title="tokens that each layer scans")
-    for axis in (loss, tokens):
-        axis.spines["top"].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot_to(path, 9, 3.2, columns=2) as (loss, tokens):
+        losses = [(record["step"], record["train_loss"]) for record in records if "train_loss" in record]
+        loss.plot(*zip(*losses), color="tab:gray")
+        loss.set(xlabel="step", title="training loss")
+        scores = [(record["step"], record["top1"]) for record in records if "top1" in record]
+        if scores:
+            accuracy = loss.twinx()
+            accuracy.plot(*zip(*scores), "o-", color="tab:orange", markersize=3)
+            accuracy.set_ylabel("top-1, %", color="tab:orange")
+            accuracy.spines["top"].set_visible(False)
+        tokens.bar(range(1, len(sequence_lengths) + 1), sequence_lengths, color="tab:orange")
+        tokens.set(xlabel="layer", title="tokens that each layer scans")

@@ -1,0 +1,116 @@
+"""What the benchmark measures: models and shapes of input, in suites of cases that are compared with each other."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from fambav_training.paper.tables import TABLE_1_TOKENS
+from modeling_fambav import FambaVConfig
+
+WIDTHS = {"ti": 192, "s": 384}
+SMALL_R = "Ti geometry, upper, few tokens removed per layer"  # the table that asks when fusion begins to pay
+# The paper's budgets at 224 px; other image sizes remove the same share of their tokens.
+_PAPER_TOKENS = {"none": 9, **TABLE_1_TOKENS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and one shape of input.
+
+    Attributes:
+        family: `"famba-v"` (24 layers) or `"deit"` (12 layers, transformers' ViT).
+        size: `"ti"` or `"s"`.
+        strategy: fusion strategy of famba-v.
+        fusion_tokens: tokens removed per fused layer; the paper's budget if None.
+        backend: scan backend; chosen by device if None.
+        compile_mode: mode of torch.compile, or None for eager.
+    """
+
+    family: str
+    size: str = "ti"
+    strategy: str = "none"
+    image_size: int = 224
+    batch_size: int = 8
+    dtype: str = "float32"
+    fusion_tokens: int | None = None
+    backend: str | None = None
+    compile_mode: str | None = None
+
+    @property
+    def label(self) -> str:
+        name = f"{'Famba-V' if self.family == 'famba-v' else 'DeiT'}-{self.size.capitalize()}"
+        extras = [f"r={self.fusion_tokens}" if self.fusion_tokens else None, self.backend, self.compile_mode]
+        return " ".join([name, *([self.strategy] if self.family == "famba-v" else []), *filter(None, extras)])
+
+    def config(self) -> FambaVConfig:
+        """Configuration of a famba-v case."""
+        num_tokens = (self.image_size // 16) ** 2 + 1
+        tokens = self.fusion_tokens or max(1, round(_PAPER_TOKENS[self.strategy] * num_tokens / 197))
+        return FambaVConfig(
+            image_size=self.image_size,
+            hidden_size=WIDTHS[self.size],
+            num_labels=100,
+            fusion_strategy=self.strategy,
+            fusion_tokens=tokens,
+        )
+
+    def mean_tokens(self) -> float:
+        """Tokens per layer, on average."""
+        if self.family == "deit":
+            return (self.image_size // 16) ** 2 + 1
+        return statistics.mean(self.config().sequence_lengths)
+
+
+def cpu_suite() -> dict[str, list[Case]]:
+    """Vim-Ti and Vim-S geometry against DeiT: every strategy, bfloat16, batch sizes, image sizes, and small r."""
+    strategies = ("none", "all", "interleaved", "lower", "upper")
+    suite = {
+        f"{size.capitalize()} geometry, 224 px, batch 8": [
+            Case("deit", size),
+            *(Case("famba-v", size, strategy) for strategy in strategies),
+        ]
+        for size in WIDTHS
+    }
+    suite["Ti geometry, 224 px, batch 8, bf16"] = _trio(dtype="bfloat16")
+    for batch_size in (1, 32):
+        suite[f"Ti geometry, 224 px, batch {batch_size}"] = _trio(batch_size=batch_size)
+    for image_size in (384, 512, 768, 1024):
+        suite[f"Ti geometry, {image_size} px, batch 1"] = _trio(image_size=image_size, batch_size=1)
+    suite[SMALL_R] = [
+        Case("famba-v"),
+        *(Case("famba-v", strategy="upper", fusion_tokens=r) for r in range(1, 10)),
+    ]
+    return suite
+
+
+def gpu_suite() -> dict[str, list[Case]]:
+    """bf16 at batch 128: our kernels against mamba-ssm's and DeiT, compiled modes, image sizes."""
+    common = {"batch_size": 128, "dtype": "bfloat16"}
+    main = [Case("deit", **common)]
+    for strategy in ("none", "all", "interleaved", "lower", "upper"):
+        main += [Case("famba-v", strategy=strategy, backend="triton", **common)]
+    for strategy in ("none", "upper"):
+        main += [Case("famba-v", strategy=strategy, backend="mamba-ssm", **common)]
+    compiled = [
+        Case("famba-v", strategy=strategy, backend="triton", compile_mode=mode, **common)
+        for strategy in ("none", "upper")
+        for mode in (None, "default", "reduce-overhead")
+    ]
+    suite = {"Ti geometry, 224 px, batch 128, bf16": main, "Ti geometry, compiled, batch 128, bf16": compiled}
+    for image_size, batch_size in ((384, 32), (512, 16), (768, 8), (1024, 4)):
+        suite[f"Ti geometry, {image_size} px, batch {batch_size}, bf16"] = _trio(
+            image_size=image_size, batch_size=batch_size, dtype="bfloat16"
+        )
+    return suite
+
+
+def quick_suite() -> dict[str, list[Case]]:
+    """A minute's worth: the comparison that matters most."""
+    return {"Ti geometry, 224 px, batch 8": _trio()}
+
+
+def _trio(**shape: Any) -> list[Case]:
+    return [Case("deit", **shape), Case("famba-v", **shape), Case("famba-v", strategy="upper", **shape)]
+
+
+SUITES = {"cpu": cpu_suite, "gpu": gpu_suite, "quick": quick_suite}
