@@ -1,6 +1,7 @@
 """Fine-tuning a teacher: ImageNet weights without a pickle's code, a folder that loads, stopping, and errors."""
 
 import builtins
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from support.helpers import noise, random_tensor
 from train_teacher import create_teacher, parse
 
 NAMES = [str(index) for index in range(10)]
-WORDS = ["--dataset_name", "digits", "--image_size", "32", "--num_train_epochs", "1", "--max_eval_samples", "32"]
+WORDS = ["--dataset_name", "digits", "--image_size", "32", "--num_train_epochs", "1", "--max_eval_samples", "257"]
 
 
 def run(folder: Path, *words: str) -> dict:
@@ -71,8 +72,14 @@ def test_folder_loads_with_its_code_and_makes_a_teacher(teacher):
     assert loss.isfinite()
 
 
+def test_every_image_is_scored(teacher):
+    # 257 are one more than a batch
+    results = json.loads((teacher / "all_results.json").read_text())
+    assert results["eval_top1"] * 2.57 == pytest.approx(round(results["eval_top1"] * 2.57))
+
+
 @pytest.mark.slow
-def test_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_stopped_run_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(train_teacher, "SAVE_STEPS", 1)
     evaluate = train_teacher.Trainer.evaluate
     monkeypatch.setattr(train_teacher.Trainer, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
