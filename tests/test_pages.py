@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import demo
 from support.child_process import REPOSITORY
 
 PAGES = [
@@ -213,6 +214,13 @@ def test_the_core_operations_are_what_was_measured():
         f"scans alone {scans:.0f} ms: {forward / (products + scans):.2f} times the sum of the two."
     )
     assert sentence in " ".join(MODEL_CARDS.read_text(encoding="utf-8").split())
+
+
+def test_the_demo_is_what_was_measured():
+    results = {strategy: read_json("benchmarks", "demo", f"{strategy}.json") for strategy in demo.STRATEGIES}
+    printed = (MEASURED / "benchmarks" / "demo" / "demo.txt").read_text(encoding="utf-8")
+    assert printed.startswith(f"{demo.report(results)}\n")
+    assert f"```\n{printed}```" in README.read_text(encoding="utf-8")
 
 
 def test_the_headline_is_what_was_measured():

@@ -69,7 +69,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         memory.set(title="training memory, MiB")
 
 
-def classify_held_out_digit(model: Path) -> None:
+def classify_held_out_digit(model: Path) -> str:
     """Classify the first digit that the model was not trained on, as a user would."""
     images = load_labeled_images(DIGITS)
     example = images.validation[0]
@@ -78,20 +78,26 @@ def classify_held_out_digit(model: Path) -> None:
     classify = pipeline("image-classification", model=str(model), trust_remote_code=True)
     answers = ", ".join(f"{answer['label']} ({answer['score']:.1%})" for answer in classify(str(path), top_k=3))
     truth = images.label_names[example[images.label_column]]
-    print(f"A held-out digit, {path}, is a {truth}. pipeline({str(model)!r}) says: {answers}")
+    return f"A held-out digit, {path}, is a {truth}. pipeline({str(model)!r}) says: {answers}"
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """The table, and what it says."""
+    none, upper = (results[strategy] for strategy in STRATEGIES)
+    return (
+        f"{compare(results)}\n\n"
+        f"Fusion left {sum(upper['sequence_lengths']) / sum(none['sequence_lengths']):.0%} of the tokens to scan; "
+        f"training took {upper['train_seconds'] / none['train_seconds']:.0%} of the time.\n"
+        f"Measured on {none['device']}; plot: {OUTPUT / 'demo.png'}"
+    )
 
 
 def main() -> None:
     results = {strategy: train(strategy) for strategy in STRATEGIES}
-    none, upper = (results[strategy] for strategy in STRATEGIES)
     plot(results, OUTPUT / "demo.png")
-    print(f"\n{compare(results)}\n")
-    print(
-        f"Fusion left {sum(upper['sequence_lengths']) / sum(none['sequence_lengths']):.0%} of the tokens to scan; "
-        f"training took {upper['train_seconds'] / none['train_seconds']:.0%} of the time."
-    )
-    print(f"Measured on {none['device']}; plot: {OUTPUT / 'demo.png'}")
-    classify_held_out_digit(OUTPUT / "upper")
+    text = f"{report(results)}\n{classify_held_out_digit(OUTPUT / 'upper')}"
+    (OUTPUT / "demo.txt").write_text(f"{text}\n")
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Stages, each a command of its own that can be run by hand too (`--list` prints t
     upper, none    Vim-Ti on CIFAR-100's own 32 px, in bfloat16: accuracy over time, and two checkpoints to release
     table1         all strategies of Table 1 at this scale, a third of the epochs
 
-When the time is over the stage that runs is stopped; a training saves a checkpoint before. The same command goes on
-from there, begins an unfinished `tests` or `benchmark` anew, and leaves finished stages alone. In the output folder,
+When the time is up, the running stage is stopped; a training saves a checkpoint first. Run the same command again to
+resume: it restarts an unfinished `tests` or `benchmark`, and leaves finished stages alone. In the output folder,
 `stages.json` says what is finished, `accuracy_over_time.png` and `.json` how soon the runs passed 70 % and 76 %.
 """
 
@@ -175,13 +175,13 @@ def main(argv: list[str] | None = None) -> None:
         try:
             exit_codes[stage.name] = run_stage(stage, log, deadline)
         except KeyboardInterrupt:
-            sys.exit(f"{stage.name}: stopped; the same command goes on from here")
+            sys.exit(f"{stage.name}: stopped; run the same command again to resume")
         record.write_text(json.dumps(exit_codes, indent=1) + "\n")
         curves = accuracy_over_time(args.output_dir)
         (args.output_dir / "accuracy_over_time.json").write_text(json.dumps(curves, indent=1) + "\n")
         plot(curves, args.output_dir / "accuracy_over_time.png")
         if exit_codes[stage.name] is None:
-            sys.exit(f"{stage.name}: stopped, the time is over; the same command goes on from here")
+            sys.exit(f"{stage.name}: stopped, the time is up; run the same command again to resume")
         print(f"{stage.name}: exit code {exit_codes[stage.name]}", flush=True)
     failed = [stage.name for stage in chosen if exit_codes[stage.name] != 0]
     if failed:

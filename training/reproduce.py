@@ -2,7 +2,7 @@
 
     python training/reproduce.py --table 1 --scale nano --dataset_name path/to/cifar100
 
-Every cell of the table and every seed is a training run of its own. A table that was interrupted goes on where it was
+Every cell of the table and every seed is a training run of its own. An interrupted table resumes where it was
 when the same command is given again; runs that are finished are only read. All that is left is in one folder:
 
     OUTPUT_DIR/table1_nano/
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where this was")
+        sys.exit("stopped; run the same command again to resume")
     print(f"\n{(folder / 'table.md').read_text()}")
     print(f"{folder}: table.json, table.md, table.png")
     if failed:

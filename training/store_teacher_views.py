@@ -2,8 +2,8 @@
 
     python training/store_teacher_views.py outputs/teacher outputs/views --dataset_name uoft-cs/cifar100 --views 4
 
-A view is a crop of the padded image, mirrored or not. The teacher sees it as its own image processor makes it. A
-command that was stopped goes on where it was when it is given again.
+A view is a crop of the padded image, mirrored or not. The teacher sees it as its own image processor makes it. Run
+a stopped command again to resume it.
 """
 
 import argparse

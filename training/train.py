@@ -3,7 +3,7 @@
     accelerate launch training/train.py --config training/configs/quickstart.yaml
 
 Leaves in `--output_dir` a folder that `from_pretrained` and `pipeline` load, with its code, its measured results and
-a model card. A run that is stopped, by whatever, goes on with `--resume_from_checkpoint latest`.
+a model card. A stopped run resumes with `--resume_from_checkpoint latest`.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """The models: outputs of the contract, fusion at work, parity with the official code and a slow implementation."""
 
 import copy
-import json
 import math
 import re
 import shutil
@@ -9,7 +8,6 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,27 +21,17 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel, backends, unmerge
 from modeling_fambav.modeling_fambav import FambaVDropPath
-from support.helpers import random_tensor, read_fixture, slow_match, slow_merge, tiny_config, tolerance
+from support.helpers import (
+    gradients,
+    images,
+    make_model,
+    random_tensor,
+    tiny_config,
+    tolerance,
+)
 
 CLASS_POSITIONS = ("head", "middle")
 ORDERS = ("raster", "appended")
-
-
-def images(batch_size: int = 3, config: FambaVConfig | None = None, seed: int = 0) -> Tensor:
-    config = config or tiny_config()
-    return random_tensor(batch_size, config.num_channels, *config.image_height_width, seed=seed)
-
-
-def make_model(model_class=FambaVModel, **fields):
-    """A tiny model whose every parameter matters: none is zero, one, or very small."""
-    torch.manual_seed(0)
-    model = model_class(tiny_config(**fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            if name.endswith("norm.weight"):  # otherwise all normed tokens have about the same length
-                parameter.mul_(torch.randn_like(parameter).exp())
-    return model
 
 
 # ---- outputs of the contract ----
@@ -136,193 +124,7 @@ def test_asking_for_more_outputs_changes_nothing():
     assert torch.equal(model(images(), output_token_maps=True, output_hidden_states=True).last_hidden_state, plain)
 
 
-# ---- parity ----
-
-
-def our_name(official: str) -> str:
-    """Name of a parameter of the official state dict in ours."""
-    backward = re.sub(r"mixer\.(conv1d|x_proj|dt_proj|A|D)_b\b", r"mixer.backward_scan.\1", official)
-    backward = backward.replace("mixer.A_b_log", "mixer.backward_scan.A_log")
-    forward = re.sub(r"mixer\.(conv1d|x_proj|dt_proj|A_log|D)\b", r"mixer.forward_scan.\1", backward)
-    return {
-        "cls_token": "fambav.embeddings.cls_token",
-        "pos_embed": "fambav.embeddings.position_embeddings",
-        "norm_f.weight": "fambav.norm.weight",
-    }.get(forward) or (
-        forward.replace("patch_embed.proj", "fambav.embeddings.patch_embeddings.projection")
-        .replace("layers.", "fambav.layers.")
-        .replace("head.", "classifier.")
-    )
-
-
-@pytest.mark.parametrize("name", ["vim_micro", "fambav_micro_none", "fambav_micro_upper"])
-def test_the_official_code_computes_the_same(name):
-    golden, metadata = read_fixture(name)
-    schedule = json.loads(metadata["fusion_schedule"])
-    model = FambaVForImageClassification(
-        tiny_config(
-            image_size=32,
-            patch_size=8,
-            num_hidden_layers=4,
-            state_size=16,
-            num_labels=10,
-            cls_token_position=metadata["cls_token_position"],
-            fusion_strategy="custom" if sum(schedule) else "none",
-            fusion_schedule=schedule if sum(schedule) else None,
-            fusion_order="appended",
-        )
-    )
-    assert model.config.sequence_lengths == json.loads(metadata["sequence_lengths"])
-    state = {our_name(key.removeprefix("state.")): golden[key] for key in golden if key.startswith("state.")}
-    model.load_state_dict(state)
-
-    outputs = model(golden["pixel_values"], labels=golden["labels"])
-    torch.testing.assert_close(outputs.logits, golden["logits"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs.loss, golden["loss"].squeeze(), rtol=1e-4, atol=1e-4)
-
-    outputs.loss.backward()
-    gradients = {our_name(key.removeprefix("grad.")): golden[key] for key in golden if key.startswith("grad.")}
-    assert gradients.keys() <= state.keys() and len(gradients) > 10
-    for parameter_name, gradient in gradients.items():
-        torch.testing.assert_close(model.get_parameter(parameter_name).grad, gradient, rtol=1e-4, atol=1e-4)
-
-
-def slow_direction(scan, x: Tensor, sizes: Tensor) -> Tensor:
-    """One direction of the mixer, for one image x (T, E) in the order of the scan."""
-    taps, bias = scan.conv1d.weight.squeeze(1), scan.conv1d.bias
-    padded = torch.cat((x.new_zeros(taps.shape[1] - 1, x.shape[1]), x))
-    x = F.silu(sum(padded[k : k + len(x)] * taps[:, k] for k in range(taps.shape[1])) + bias)
-    rank, state_size = scan.dt_proj.weight.shape[1], scan.A_log.shape[1]
-    dt, B, C = scan.x_proj(x).split([rank, state_size, state_size], dim=-1)
-    delta = F.softplus(scan.dt_proj(dt)) * sizes.unsqueeze(1)
-    A, h, y = -torch.exp(scan.A_log), 0, []
-    for t in range(len(x)):
-        h = torch.exp(delta[t, :, None] * A) * h + delta[t, :, None] * B[t] * x[t, :, None]
-        y.append(h @ C[t] + scan.D * x[t])
-    return torch.stack(y)
-
-
-def slow_model(model: FambaVModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens after the final norm, and the class token, for one image: the design's equations in their order."""
-    config = model.config
-    rows, columns = config.patch_grid
-    projection, side, stride = model.embeddings.patch_embeddings.projection, config.patch_size, config.patch_stride
-    patches = []
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * stride, column * stride
-            patch = pixels[:, top : top + side, left : left + side]
-            patches.append((projection.weight * patch).sum((1, 2, 3)) + projection.bias)
-    class_index = 0 if config.cls_token_position == "head" else len(patches) // 2
-    tokens = torch.stack([*patches[:class_index], model.embeddings.cls_token[0, 0], *patches[class_index:]])
-    residual = tokens + model.embeddings.position_embeddings[0]
-    sizes = torch.ones(len(residual), dtype=residual.dtype)
-
-    def norm(layer, hidden_states):
-        mean_square = hidden_states.square().mean(-1, keepdim=True)
-        return hidden_states / torch.sqrt(mean_square + config.layer_norm_epsilon) * layer.weight
-
-    for layer, r in zip(model.layers, config.tokens_removed):
-        normed = norm(layer.norm, residual)
-        _, new_index = slow_match(normed.tolist(), r, class_index, config.fusion_metric, config.fusion_order)
-        weights = sizes.tolist() if config.fusion_reduction == "size_weighted" else [1.0] * len(sizes)
-        normed = torch.tensor(slow_merge(normed.tolist(), new_index, weights), dtype=torch.float64)
-        residual = torch.tensor(slow_merge(residual.tolist(), new_index, weights), dtype=torch.float64)
-        sizes = torch.zeros(len(residual), dtype=torch.float64).index_add(0, torch.tensor(new_index), sizes)
-        class_index = new_index[class_index]
-
-        mixer = layer.mixer
-        x, z = mixer.in_proj(normed).chunk(2, dim=-1)
-        scale = sizes if config.fusion_scale_time_step else torch.ones_like(sizes)
-        forward = slow_direction(mixer.forward_scan, x, scale)
-        backward = slow_direction(mixer.backward_scan, x.flip(0), scale.flip(0)).flip(0)
-        residual = residual + mixer.out_proj((forward + backward) / 2 * F.silu(z))
-    tokens = norm(model.norm, residual)
-    return tokens, tokens[class_index]
-
-
-VARIANTS = [
-    {"fusion_strategy": "none"},
-    {"cls_token_position": "middle", "fusion_strategy": "none"},
-    {"fusion_order": "raster"},
-    {"fusion_order": "appended"},
-    {"cls_token_position": "middle", "fusion_order": "raster"},
-    {"cls_token_position": "middle", "fusion_order": "appended"},
-    {"fusion_metric": "dot"},
-    {"fusion_metric": "euclidean"},
-    {"fusion_reduction": "size_weighted"},
-    {"fusion_scale_time_step": True},
-    {"fusion_reduction": "size_weighted", "fusion_scale_time_step": True, "cls_token_position": "middle"},
-    # an odd number of patches, 5 x 9
-    {"cls_token_position": "middle", "image_size": (12, 20), "patch_stride": 2, "expand": 1, "conv_kernel": 3},
-]
-
-
-@pytest.mark.parametrize("fields", VARIANTS, ids=str)
-def test_a_slow_implementation_computes_the_same(fields):
-    model = make_model(**{"fusion_strategy": "all", "fusion_tokens": 4, **fields}).double()
-    pixel_values = images(2, model.config).double()
-    with torch.no_grad():
-        outputs = model(pixel_values)
-        for b in range(2):
-            tokens, class_token = slow_model(model, pixel_values[b])
-            torch.testing.assert_close(outputs.last_hidden_state[b], tokens, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(outputs.pooler_output[b], class_token, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"fusion_tokens": 3},
-        {"fusion_strategy": "none"},
-        {"fusion_order": "appended"},
-        {"fusion_metric": "dot"},
-        {"fusion_reduction": "size_weighted"},
-        {"fusion_scale_time_step": True},
-        {"fusion_start_layer": 0},
-        {"fusion_end_layer": 2},
-    ],
-    ids=str,
-)
-def test_fusion_fields_can_be_changed_on_a_trained_model(fields):
-    model = make_model(FambaVForImageClassification, fusion_tokens=4)
-    before = model(images()).logits
-    made_with_them = make_model(FambaVForImageClassification, **{"fusion_tokens": 4, **fields})
-    for name, value in fields.items():
-        setattr(model.config, name, value)
-    outputs = model(images(), output_hidden_states=True)
-    assert outputs.hidden_states[-1].shape[1] == model.config.sequence_lengths[-1]
-    assert not torch.allclose(outputs.logits, before, rtol=0, atol=1e-5)  # the field is read at all
-    assert torch.equal(outputs.logits, made_with_them(images()).logits)
-
-
-def test_a_changed_copy_leaves_the_model_alone():
-    model = make_model()
-    duplicate = copy.deepcopy(model)
-    duplicate.config.fusion_strategy = "none"
-    assert duplicate(images()).last_hidden_state.shape[1] == 17
-    assert model(images()).last_hidden_state.shape[1] == 13
-
-
-def test_a_model_that_would_fuse_nothing_refuses_to_run():
-    model = make_model()
-    model.config.fusion_tokens = 0
-    with pytest.raises(ValueError, match="fusion_tokens=0"):
-        model(images())
-
-
 # ---- images of all kinds ----
-
-
-@pytest.mark.parametrize("fields", VARIANTS, ids=str)
-def test_images_do_not_depend_on_each_other(fields):
-    model = make_model(**{"fusion_strategy": "all", "fusion_tokens": 3, **fields})
-    pixel_values = images(3, model.config)
-    together = model(pixel_values, output_token_maps=True)
-    for b in range(3):
-        alone = model(pixel_values[b : b + 1], output_token_maps=True)
-        torch.testing.assert_close(alone.last_hidden_state[0], together.last_hidden_state[b], rtol=1e-4, atol=1e-5)
-        assert torch.equal(alone.token_maps[-1][0], together.token_maps[-1][b])
 
 
 @pytest.mark.parametrize("position", CLASS_POSITIONS)
@@ -472,13 +274,6 @@ def test_decays_skips_and_time_steps_stay_float32(dtype, backend, tmp_path, monk
 # ---- training ----
 
 
-def gradients(model, pixel_values: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    torch.manual_seed(0)
-    model(pixel_values, labels=torch.zeros(len(pixel_values), dtype=torch.long)).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("position", CLASS_POSITIONS)
 def test_gradient_checkpointing_gives_the_same_gradients(position, use_reentrant):
@@ -546,77 +341,6 @@ def test_trainer_trains_and_saves(tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
     assert type(loaded) is FambaVForImageClassification
     assert torch.equal(loaded(images()).logits, model.eval()(images()).logits)
-
-
-# ---- initial weights ----
-
-
-def assert_uniform(tensor: Tensor, bound: float) -> None:
-    assert tensor.abs().max() <= bound
-    assert tensor.abs().max() > 0.95 * bound
-    assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-
-
-def assert_normal(tensor: Tensor, std: float) -> None:
-    assert abs(tensor.mean().item()) < 4 * std / math.sqrt(tensor.numel())
-    assert tensor.std().item() == pytest.approx(std, rel=0.05)
-
-
-def test_the_initial_patch_projection_is_lecun_normal():
-    torch.manual_seed(0)
-    model = FambaVModel(tiny_config(hidden_size=256))
-    assert_normal(model.embeddings.patch_embeddings.projection.weight, 1 / math.sqrt(3 * 4 * 4))  # 1 / sqrt(fan in)
-
-
-def test_initial_weights():
-    torch.manual_seed(0)
-    config = tiny_config(hidden_size=128, state_size=16, num_hidden_layers=4, num_labels=50)
-    model = FambaVForImageClassification(config)
-    embeddings = model.fambav.embeddings
-    projection = embeddings.patch_embeddings.projection
-    assert_normal(embeddings.position_embeddings, 0.02)
-    assert_normal(model.classifier.weight, 0.02)
-    assert embeddings.cls_token.std().item() == pytest.approx(0.02, rel=0.25)  # of only 128 numbers
-    assert not projection.bias.any() and not model.classifier.bias.any()
-    assert (model.fambav.norm.weight == 1).all()
-    for layer in model.fambav.layers:
-        assert (layer.norm.weight == 1).all()
-        assert_uniform(layer.mixer.in_proj.weight, 1 / math.sqrt(128))
-        assert_uniform(layer.mixer.out_proj.weight, 1 / math.sqrt(256) / math.sqrt(4))
-        for scan in (layer.mixer.forward_scan, layer.mixer.backward_scan):
-            torch.testing.assert_close(scan.A_log, torch.log(torch.arange(1.0, 17)).expand(256, 16))
-            assert (scan.D == 1).all()
-            assert_uniform(scan.conv1d.weight, 1 / math.sqrt(4))
-            assert_uniform(scan.x_proj.weight, 1 / math.sqrt(256))
-            assert_uniform(scan.dt_proj.weight, 8**-0.5)
-            time_step = F.softplus(scan.dt_proj.bias)
-            assert 0.001 * 0.999 <= time_step.min() < 0.0012 and 0.08 < time_step.max() <= 0.1 * 1.001
-            assert time_step.log10().mean().item() == pytest.approx(-2, abs=0.12)  # log-uniform
-            assert not scan.conv1d.bias.any()
-    forward, backward = model.fambav.layers[0].mixer.forward_scan, model.fambav.layers[1].mixer.forward_scan
-    assert not torch.equal(forward.dt_proj.bias, backward.dt_proj.bias)
-
-
-def test_initial_time_steps_are_floored():
-    model = FambaVModel(tiny_config(time_step_min=1e-6, time_step_max=0.2, time_step_floor=0.01))
-    time_step = F.softplus(model.layers[0].mixer.forward_scan.dt_proj.bias)
-    assert time_step.min().item() == pytest.approx(0.01, rel=1e-3)
-    assert time_step.max() < 0.21
-
-
-@pytest.mark.parametrize("name, millions", [("vim-ti", 7.1), ("vim-s", 25.8), ("vim-b", 97.6)])
-def test_number_of_parameters(name, millions):
-    with torch.device("meta"):
-        model = FambaVForImageClassification(FambaVConfig.from_preset(name, num_labels=1000))
-    assert round(model.num_parameters() / 1e6, 1) == millions
-
-
-def test_a_deep_model_starts_with_signals_and_gradients_of_ordinary_size():
-    model = make_model(FambaVForImageClassification, num_hidden_layers=96, fusion_tokens=1)
-    logits = model(images()).logits
-    assert logits.std() < 1
-    norms = [norm.item() for name, gradient in gradients(model, images()).items() if (norm := gradient.norm()) > 0]
-    assert max(norms) < 100
 
 
 # ---- torch.compile ----

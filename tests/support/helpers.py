@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel
 from modeling_fambav.selective_scan import selective_scan
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -45,6 +45,25 @@ def tiny_config(**fields) -> FambaVConfig:
     )
 
 
+def make_model(model_class=FambaVModel, **fields):
+    """A tiny model whose every parameter matters: none is zero, one, or very small."""
+    torch.manual_seed(0)
+    model = model_class(tiny_config(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            if name.endswith("norm.weight"):  # otherwise all normed tokens have about the same length
+                parameter.mul_(torch.randn_like(parameter).exp())
+    return model
+
+
+def gradients(model, pixel_values: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    model(pixel_values, labels=torch.zeros(len(pixel_values), dtype=torch.long)).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
 def save_classifier(folder: Path, **fields) -> Path:
     """A random `tiny_config` classifier with its processor; returns the folder."""
     torch.manual_seed(0)
@@ -68,6 +87,12 @@ def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) ->
 
 
 # ---- images ----
+
+
+def images(batch_size: int = 3, config: FambaVConfig | None = None, seed: int = 0) -> Tensor:
+    """Random pixel values that fit a configuration."""
+    config = config or tiny_config()
+    return random_tensor(batch_size, config.num_channels, *config.image_height_width, seed=seed)
 
 
 def noise(mode: str = "RGB", width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:

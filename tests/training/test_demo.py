@@ -51,7 +51,8 @@ def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, 
     assert "Fusion left 88% of the tokens to scan; training took 75% of the time." in printed
     assert "Measured on cpu: a test" in printed
     assert "pipeline('outputs/demo/upper') says:" in printed and printed.count("LABEL_") == 3
-    assert {path.name for path in demo.OUTPUT.iterdir()} == {"none", "upper", "demo.png", "digit.png"}
+    assert (demo.OUTPUT / "demo.txt").read_text() in printed
+    assert {path.name for path in demo.OUTPUT.iterdir()} == {"none", "upper", "demo.png", "demo.txt", "digit.png"}
 
 
 def test_a_run_that_fails_ends_the_demo(tmp_path, monkeypatch):

@@ -495,7 +495,7 @@ def test_stopping_the_table_stops_the_run(tmp_path, monkeypatch, default_signals
 
 @pytest.mark.slow
 def test_table_with_a_real_run_goes_on_where_it_was(tmp_path):
-    """A cell from the command line; then it is made half-finished, and goes on."""
+    """A cell from the command line; then it is made half-finished, and resumed."""
 
     def run_table() -> str:
         words = ("--table", "1", "--scale", "quick", "--cells", "upper", "--output_dir", "tables")

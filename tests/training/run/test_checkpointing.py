@@ -178,7 +178,7 @@ def test_run_that_is_asked_to_stop_saves_and_says_so(stopped, whole, tmp_path, n
     assert 4 < step < NUM_STEPS
     path = checkpoint(folder, step)
     assert "Traceback" not in stderr
-    expected = f"stopped by {number.name}; saved {path}, go on with --resume_from_checkpoint latest"
+    expected = f"stopped by {number.name}; saved {path}, resume with --resume_from_checkpoint latest"
     assert stderr.splitlines()[-1] == expected and stderr.count("stopped by") == 1
     assert not (folder / "all_results.json").exists()
     assert_same_run(resume_copy(folder, tmp_path), whole)

@@ -1,4 +1,4 @@
-"""Distillation: its loss by hand, a teacher that stays as it is, runs that stop and go on, recovery, and errors."""
+"""Distillation: its loss by hand, a teacher that stays as it is, runs that stop and resume, recovery, and errors."""
 
 import json
 import math
@@ -216,7 +216,7 @@ def test_release_records_the_distillation(start, tmp_path):
     assert "Started from" not in (start / "README.md").read_text()
 
 
-# ---- stopping and going on ----
+# ---- stopping and resuming ----
 
 
 @pytest.fixture(scope="module")

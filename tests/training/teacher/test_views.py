@@ -1,4 +1,4 @@
-"""Stored views of a teacher: what is stored, stopping and going on, training on it, and errors."""
+"""Stored views of a teacher: what is stored, stopping and resuming, training on it, and errors."""
 
 import json
 import shutil

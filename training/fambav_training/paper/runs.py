@@ -1,4 +1,4 @@
-"""The training runs behind a table: a process for every cell and seed, which goes on where it was stopped."""
+"""The training runs behind a table: a process for every cell and seed, which resumes where it was stopped."""
 
 import dataclasses
 import json

@@ -53,7 +53,7 @@ def check_output_folder(path: Path, is_resumed: bool = False) -> None:
         if list_checkpoints(path) and not is_resumed:
             raise ValueError(
                 f"--output_dir {path}: holds checkpoints of an earlier run; give --resume_from_checkpoint latest to "
-                "go on with it, or another folder"
+                "resume it, or another folder"
             )
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, written while a run goes on, and sent to trackers if there are any."""
+"""`metrics.jsonl`: one JSON object per line, written during a run, and sent to trackers if there are any."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """Log of a run, on the main process; the others do nothing.
 
-    A resumed run goes on behind its checkpoint; lines of later steps and epochs are of a future that is run again.
+    A resumed run continues after its checkpoint; lines of later steps and epochs are dropped, they will be run again.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, step: int, epoch: int):

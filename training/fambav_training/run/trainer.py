@@ -1,7 +1,8 @@
 """The training loop: model, optimizer, schedule and weight average of one run, and its checkpoints.
 
-A run can stop at any step and go on as if it had not: the order of the images is a function of the seed and the epoch,
-and all other randomness of a batch (augmentation, dropped paths) of the seed, the epoch, the batch and the process.
+A run can stop at any step and resume as if it had not: the order of the images is a function of the seed and the
+epoch, and all other randomness of a batch (augmentation, dropped paths) of the seed, the epoch, the batch and the
+process.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ class Position:
 
 
 class Trainer:
-    """One run. `train` goes on from wherever it is; `resume` moves it to a checkpoint."""
+    """One run. `train` continues from wherever it is; `resume` moves it to a checkpoint."""
 
     def __init__(
         self,
@@ -337,7 +338,7 @@ class Trainer:
         return None if self.teacher is None else self.teacher.fingerprint()
 
     def save_checkpoint(self) -> Path:
-        """Save all that is needed to go on from here."""
+        """Save all that is needed to resume from here."""
         path = checkpoint_path(self.args.output_dir, self.position.step)
         save_checkpoint(self.accelerator, path, self._state())
         if self.accelerator.is_main_process:
@@ -345,7 +346,7 @@ class Trainer:
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint that `find_checkpoint` has found.
+        """Continue from a checkpoint that `find_checkpoint` has found.
 
         Raises:
             CheckpointError: if it is damaged, or there were other images or another teacher.
@@ -369,4 +370,4 @@ class Trainer:
     def _stop(self, progress: tqdm) -> None:
         path = self.save_checkpoint()
         progress.close()
-        raise Interrupted(self._stop_signal, f"saved {path}, go on with --resume_from_checkpoint latest")
+        raise Interrupted(self._stop_signal, f"saved {path}, resume with --resume_from_checkpoint latest")
