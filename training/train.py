@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import logging
 
 from fambav_training.cli import one_line_errors, parse_arguments
 from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
 from fambav_training.data.pixels import CachedImages, DecodedImages, StreamedImages
 from fambav_training.data.stream_loader import StreamLoader
 from fambav_training.machine.memory import keep_freed_memory
+from fambav_training.machine.processor import has_bf16_arithmetic
 from fambav_training.machine.provenance import environment
 from fambav_training.release.hub import LOGS, prepare_repository, publish_folder
 from fambav_training.release.model_card import PLOT_FILE
@@ -41,6 +43,8 @@ from fambav_training.run.trainer import Trainer
 from fambav_training.teacher.views import ImagesWithRows, TeacherViews
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, selective_scan_backend
 
+logger = logging.get_logger(__name__)
+
 # The average of the weights is a copy of the model, and the release is saved by one process.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # Images of a stream among which the next one is drawn
@@ -53,6 +57,15 @@ def use_all_cores(accelerator: Accelerator) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(torch.get_num_threads(), cores // local_processes))
+
+
+def warn_of_slow_precision(accelerator: Accelerator) -> None:
+    """bfloat16 saves memory everywhere, and time only on a processor that multiplies it."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and has_bf16_arithmetic() is False:
+        logger.warning(
+            "--mixed_precision bf16: this processor has no bfloat16 arithmetic, a step takes longer than in float32; "
+            "--mixed_precision no is faster"
+        )
 
 
 def create_model(
@@ -232,6 +245,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / LOGS),
     )
     use_all_cores(accelerator)
+    warn_of_slow_precision(accelerator)
     set_seed(args.seed)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(f"{accelerator.distributed_type.value}: expected a setting that keeps the model whole")

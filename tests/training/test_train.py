@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,16 @@ def trained(tmp_path_factory) -> Path:
     assert "runs/first: top-1" in out.getvalue() and SECRET not in out.getvalue()
     assert [path.name for path in (folder / "runs").iterdir()] == ["first"]
     return folder / "runs" / "first"
+
+
+@pytest.mark.parametrize(
+    "precision, has_arithmetic, warns",
+    [("bf16", False, True), ("bf16", True, False), ("no", False, False), ("bf16", None, False)],
+)
+def test_bf16_without_its_arithmetic_is_said_to_be_slow(precision, has_arithmetic, warns, monkeypatch, caplog):
+    monkeypatch.setattr(train, "has_bf16_arithmetic", lambda: has_arithmetic)
+    train.warn_of_slow_precision(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
+    assert ("--mixed_precision no is faster" in caplog.text) is warns
 
 
 # ---- what a run leaves ----

@@ -260,9 +260,7 @@ class ImagesWithRows(torch.utils.data.Dataset):
 def _read_file(folder: Path, manifest: Manifest, index: int) -> tuple[np.ndarray, ...]:
     path = manifest.file(folder, index)
     if not path.is_file():
-        raise TeacherViewsError(
-            f"{folder}: {path.name} is missing; run the command that made it again, it resumes"
-        )
+        raise TeacherViewsError(f"{folder}: {path.name} is missing; run the command that made it again, it resumes")
     shapes = {
         "pixels_digest": (),
         "top": (manifest.views,),
