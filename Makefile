@@ -19,11 +19,13 @@ CHECKPOINTS := $(dir $(wildcard model_cards/*/model.safetensors))
 demo: $(INSTALLED)
 	$(BIN)/python training/demo.py
 
+# A worker for every core; what one file prepares is prepared once.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu"
+# The slow tests have processes of their own, and some measure time.
+test-all: test
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: $(INSTALLED)
 	$(BIN)/python training/benchmark.py

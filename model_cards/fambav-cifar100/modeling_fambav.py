@@ -20,9 +20,9 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack  # pyright: ignore[reportPrivateImportUsage]
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
-from typing_extensions import Unpack
 
 from .bidirectional_scan import bidirectional_scan
 from .configuration_fambav import FambaVConfig

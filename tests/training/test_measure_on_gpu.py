@@ -74,7 +74,7 @@ def test_finished_stages_are_left_alone_and_failed_ones_run_again(stand_ins, tmp
 def test_a_stage_is_asked_to_stop_when_the_time_is_over(stand_ins, tmp_path):
     stand_ins["upper"] = [sys.executable, "-c", _SLEEP]
     words = ["--output_dir", str(tmp_path / "out"), "--stages", "tests", "upper", "none", "--minutes", "0.05"]
-    with pytest.raises(SystemExit, match="upper: stopped, the time is over"):
+    with pytest.raises(SystemExit, match="upper: stopped, the time is up"):
         measure_on_gpu.main(words)
     assert (tmp_path / "out" / "upper.log").read_text().splitlines()[-1] == "saved"
     assert json.loads((tmp_path / "out" / "stages.json").read_text()) == {"tests": 0, "upper": None}
