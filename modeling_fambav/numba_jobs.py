@@ -36,7 +36,7 @@ inlined = njit(inline="always", error_model="numpy")
 
 
 # Files, beside its own, that a kernel has functions and constants from
-_SHARED_SOURCES = ("numba_vectors", "numba_functions", "numba_jobs", "numba_channels", "backends")
+_SHARED_SOURCES = ("numba_vectors", "numba_functions", "numba_jobs", "numba_channels", "numba_scan_loops", "backends")
 _SUFFIX = digest_of(_SHARED_SOURCES)
 _SIGNATURE = types.void(types.CPointer(types.int64))
 

@@ -12,10 +12,8 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 
-Rows are fetched from memory, those to be written too, a few steps ahead of their use.
-
-What does not depend on the state (the time steps, the gate) is computed for many tokens before the scan, which is then
-one loop over time and states. A block of channels is few vectors of WIDE lanes, see numba_vectors.py.
+Rows are fetched from memory, those to be written too, a few steps ahead of their use. The loops are in
+numba_scan_loops.py; a block of channels is few vectors of WIDE lanes, see numba_vectors.py.
 """
 
 import numpy as np
@@ -23,7 +21,6 @@ from torch import Tensor
 
 from .backends import CHUNK_STEPS, states_shape
 from .numba_channels import (
-    AHEAD,
     BLOCK,
     FLOATS,
     as_rows,
@@ -34,11 +31,9 @@ from .numba_channels import (
     pad_channels,
     row_dtype,
 )
-from .numba_functions import exp2_of_negative, sigmoid, softplus, softplus_and_sigmoid
 from .numba_jobs import (
     Operand,
     buffer,
-    inlined,
     keep,
     kernel,
     next_task,
@@ -48,59 +43,31 @@ from .numba_jobs import (
     scratch,
     sizes,
 )
-from .numba_vectors import (
-    LANES,
-    WIDE,
-    add_products,
-    full,
-    full_wide,
-    load,
-    load_scalar,
-    load_wide,
-    store,
-    store_sums,
+from .numba_scan_loops import (
+    adjoint_of_chunk,
+    copy_rows,
+    gated_mean,
+    gradient_of_gate,
+    gradient_of_y,
+    prepare_backward,
+    prepare_forward,
+    scan_chunk,
+    scan_chunk_again,
 )
+from .numba_vectors import LANES
 
 _CHUNK = CHUNK_STEPS["numba"]
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-
-
-@inlined
-def _position(g, i, num_tokens):
-    return i if g == 0 else num_tokens - 1 - i
-
-
-@inlined
-def _scale_of(dt_scale, image_row):
-    return load_scalar(dt_scale, image_row, 0) if dt_scale[0] != 0 else _ONE
-
-
-@inlined
-def _copy_rows(target, target_row, target_start, source, source_row, source_start, num_rows):
-    """Copy a block of channels of some rows."""
-    for n in range(num_rows):
-        for c in range(0, BLOCK, WIDE):
-            store(target, target_row + n, target_start + c, load_wide(source, source_row + n, source_start + c))
-
-
-@inlined
-def _reduce_rows(sums, sum_row, lanes, num_rows):
-    """Sum up the lanes of every row, four rows at a time."""
-    for n in range(0, num_rows, 4):
-        store_sums(
-            sums, sum_row, n, load(lanes, n, 0), load(lanes, n + 1, 0), load(lanes, n + 2, 0), load(lanes, n + 3, 0)
-        )
 
 
 @kernel
 def _scan_forward(address):
     job = open_job(address, 11)
-    num_directions, batch_size, num_tokens, channels, state_size = sizes(job)
+    shape = sizes(job)
+    num_directions, batch_size, num_tokens, channels, state_size = shape
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
     x, dt, z, out = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
     num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
-    share = _ONE / np.float32(num_directions)
     h_array = np.empty((state_size, BLOCK), np.float32)
     delta_array, drive_array = np.empty((_CHUNK, BLOCK), np.float32), np.empty((_CHUNK, BLOCK), np.float32)
     sum_array = np.empty((num_tokens, BLOCK), np.float32)  # of y over the directions
@@ -118,46 +85,10 @@ def _scan_forward(address):
                 steps = min(_CHUNK, num_tokens - first)
                 if states[0] != 0:
                     kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
-                    _copy_rows(states, kept, start, h, 0, 0, state_size)
-
-                for i in range(steps):
-                    t = _position(g, first + i, num_tokens)
-                    image_row = b * num_tokens + t
-                    row = g * batch_size * num_tokens + image_row
-                    ahead = row + (AHEAD if g == 0 else -AHEAD)
-                    fetch_block(x, ahead, start)
-                    fetch_block(dt, ahead, start)
-                    scale = full_wide(_scale_of(dt_scale, image_row))
-                    for c in range(0, BLOCK, WIDE):
-                        x_t = load_wide(x, row, start + c)
-                        delta = scale * softplus(load_wide(dt, row, start + c) + load_wide(dt_bias, g, start + c))
-                        store(deltas, i, c, delta)
-                        store(drives, i, c, delta * x_t)
-                        store(sums, t, c, load_wide(sums, t, c) + load_wide(D, g, start + c) * x_t)
-
-                for i in range(steps):
-                    t = _position(g, first + i, num_tokens)
-                    row = (g * batch_size + b) * num_tokens + t
-                    for c in range(0, BLOCK, WIDE):
-                        delta, drive, y = load_wide(deltas, i, c), load_wide(drives, i, c), load_wide(sums, t, c)
-                        for n in range(state_size):
-                            decay = exp2_of_negative(delta * load_wide(A, g * state_size + n, start + c))
-                            h_n = decay * load_wide(h, n, c) + drive * full_wide(load_scalar(B, row, n))
-                            store(h, n, c, h_n)
-                            y = y + h_n * full_wide(load_scalar(C, row, n))
-                        store(sums, t, c, y)
-
-        for t in range(num_tokens):
-            row = b * num_tokens + t
-            fetch_block(out, row + AHEAD, start)
-            if z[0] != 0:
-                fetch_block(z, row + AHEAD, start)
-            for c in range(0, BLOCK, WIDE):
-                y = load_wide(sums, t, c) * full_wide(share)
-                if z[0] != 0:
-                    gate = load_wide(z, row, start + c)
-                    y = y * gate * sigmoid(gate)
-                store(out, row, start + c, y)
+                    copy_rows(states, kept, start, h, 0, 0, state_size)
+                prepare_forward(x, dt, D, dt_bias, dt_scale, g, b, shape, start, first, steps, deltas, drives, sums)
+                scan_chunk(A, B, C, g, b, shape, start, first, steps, deltas, drives, h, sums)
+        gated_mean(out, z, b, shape, start, sums)
     keep((h_array, delta_array, drive_array, sum_array))
 
 
@@ -168,20 +99,20 @@ def _scan_backward(address):
 
     The adjoint g_t of the state runs backwards through the scan: g_t = C_t dy_t + decay_{t+1} g_{t+1}."""
     job = open_job(address, 19)
-    num_directions, batch_size, num_tokens, channels, state_size = sizes(job)
+    shape = sizes(job)
+    num_directions, batch_size, num_tokens, channels, state_size = shape
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
     dA, dB, dC, dD, ddt_bias = rows(job, 13), rows(job, 14), rows(job, 15), rows(job, 16), rows(job, 18)
     x, dt, z, dout = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
     dx, ddt, dz = rows_of_any(job, 11), rows_of_any(job, 12), rows_of_any(job, 17)
     num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
-    share, log_2 = _ONE / np.float32(num_directions), np.float32(np.log(2.0))
-    # h[i] is the state before step i of the chunk
+    # Of a chunk; h[i] is the state before step i
     h_array = np.empty(((_CHUNK + 1) * state_size, BLOCK), np.float32)
     decay_array = np.empty((_CHUNK * state_size, BLOCK), np.float32)
     x_array, delta_array = np.empty((_CHUNK, BLOCK), np.float32), np.empty((_CHUNK, BLOCK), np.float32)
-    slope_array = np.empty((_CHUNK, BLOCK), np.float32)  # d delta / d dt
-    # over all tokens: the gradient of y, sum of y over the directions, and the gradient of the gate per unit of y
+    slope_array = np.empty((_CHUNK, BLOCK), np.float32)
+    # Of all tokens; y is summed over the directions
     dy_array, y_array, dgate_array = (
         np.empty((num_tokens, BLOCK), np.float32), np.empty((num_tokens, BLOCK), np.float32),
         np.empty((num_tokens, BLOCK), np.float32)
@@ -202,24 +133,8 @@ def _scan_backward(address):
         b, block = task // num_blocks, task % num_blocks
         start = block * BLOCK
         partial = block * num_directions * batch_size * num_tokens  # first row of the sums over this block
-
         y_array[:] = 0.0
-        for t in range(num_tokens):
-            row = b * num_tokens + t
-            fetch_block(dout, row + AHEAD, start)
-            if z[0] != 0:
-                fetch_block(z, row + AHEAD, start)
-            for c in range(0, BLOCK, WIDE):
-                dy = load_wide(dout, row, start + c) * full_wide(share)
-                if z[0] != 0:
-                    gate = load_wide(z, row, start + c)
-                    gate_sigmoid = sigmoid(gate)
-                    # d silu(z) / dz = s (1 + z (1 - s))
-                    slope = gate_sigmoid * (full_wide(_ONE) + gate * (full_wide(_ONE) - gate_sigmoid))
-                    store(dgates, t, c, dy * slope)
-                    dy = dy * gate * gate_sigmoid
-                store(dys, t, c, dy)
-
+        gradient_of_y(dout, z, b, shape, start, dys, dgates)
         for g in range(num_directions):
             carried_array[:] = 0.0
             dA_array[:] = 0.0
@@ -230,87 +145,23 @@ def _scan_backward(address):
                 kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
                 for n in range(state_size):
                     fetch_block(states, kept + n, start)
-
-                for i in range(steps):
-                    t = _position(g, first + i, num_tokens)
-                    image_row = b * num_tokens + t
-                    row = g * batch_size * num_tokens + image_row
-                    ahead = row + (AHEAD if g == 0 else -AHEAD)
-                    fetch_block(x, ahead, start)
-                    fetch_block(dt, ahead, start)
-                    scale = full_wide(_scale_of(dt_scale, image_row))
-                    for c in range(0, BLOCK, WIDE):
-                        x_t = load_wide(x, row, start + c)
-                        raw = load_wide(dt, row, start + c) + load_wide(dt_bias, g, start + c)
-                        delta, slope = softplus_and_sigmoid(raw)
-                        store(xs, i, c, x_t)
-                        store(deltas, i, c, scale * delta)
-                        store(slopes, i, c, scale * slope)
-                        store(ys, t, c, load_wide(ys, t, c) + load_wide(D, g, start + c) * x_t)
-
-                _copy_rows(h, 0, 0, states, kept, start, state_size)
-                for i in range(steps):
-                    t = _position(g, first + i, num_tokens)
-                    row = (g * batch_size + b) * num_tokens + t
-                    for c in range(0, BLOCK, WIDE):
-                        delta, y, dy = load_wide(deltas, i, c), load_wide(ys, t, c), load_wide(dys, t, c)
-                        drive = delta * load_wide(xs, i, c)
-                        for n in range(state_size):
-                            decay = exp2_of_negative(delta * load_wide(A, g * state_size + n, start + c))
-                            store(decays, i * state_size + n, c, decay)
-                            h_n = decay * load_wide(h, i * state_size + n, c)
-                            h_n = h_n + drive * full_wide(load_scalar(B, row, n))
-                            store(h, (i + 1) * state_size + n, c, h_n)
-                            y = y + h_n * full_wide(load_scalar(C, row, n))
-                            dC_n = full(_ZERO) if c == 0 else load(lanes, n, 0)
-                            store(lanes, n, 0, add_products(dC_n, dy, h_n))
-                        store(ys, t, c, y)
-                    _reduce_rows(dC, partial + row, lanes, state_size)
-
-                for i in range(steps - 1, -1, -1):
-                    t = _position(g, first + i, num_tokens)
-                    row = (g * batch_size + b) * num_tokens + t
-                    ahead = row + (-AHEAD if g == 0 else AHEAD)
-                    fetch_block(dx, ahead, start)
-                    fetch_block(ddt, ahead, start)
-                    for c in range(0, BLOCK, WIDE):
-                        delta, x_t, dy = load_wide(deltas, i, c), load_wide(xs, i, c), load_wide(dys, t, c)
-                        drive = delta * x_t
-                        d_drive, d_delta = full_wide(_ZERO), full_wide(_ZERO)
-                        for n in range(state_size):
-                            adjoint = load_wide(carried, n, c) + dy * full_wide(load_scalar(C, row, n))
-                            dB_n = full(_ZERO) if c == 0 else load(lanes, n, 0)
-                            store(lanes, n, 0, add_products(dB_n, adjoint, drive))
-                            d_drive = d_drive + adjoint * full_wide(load_scalar(B, row, n))
-                            adjoint = adjoint * load_wide(decays, i * state_size + n, c)
-                            store(carried, n, c, adjoint)
-                            d_exponent = adjoint * load_wide(h, i * state_size + n, c)
-                            d_delta = d_delta + d_exponent * load_wide(A, g * state_size + n, start + c)
-                            store(dA_sum, n, c, load_wide(dA_sum, n, c) + d_exponent * delta)
-                        # A holds A log2(e), so its product with delta comes back by log(2)
-                        d_delta = d_delta * full_wide(log_2) + d_drive * x_t
-                        d_dt = d_delta * load_wide(slopes, i, c)
-                        store(dx, row, start + c, d_drive * delta + dy * load_wide(D, g, start + c))
-                        store(ddt, row, start + c, d_dt)
-                        store(sums, 0, c, load_wide(sums, 0, c) + dy * x_t)
-                        store(sums, 1, c, load_wide(sums, 1, c) + d_dt)
-                    _reduce_rows(dB, partial + row, lanes, state_size)
-
+                prepare_backward(x, dt, D, dt_bias, dt_scale, g, b, shape, start, first, steps, deltas, slopes, xs, ys)
+                copy_rows(h, 0, 0, states, kept, start, state_size)
+                scan_chunk_again(
+                    A, B, C, dC, g, b, shape, start, first, steps, partial, deltas, xs, dys, ys, decays, h, lanes
+                )
+                adjoint_of_chunk(
+                    A, B, C, D, dx, ddt, dB, g, b, shape, start, first, steps, partial,
+                    deltas, slopes, xs, dys, decays, h, carried, dA_sum, sums, lanes,
+                )  # fmt: skip
             image_direction = b * num_directions + g
-            _copy_rows(dA, image_direction * state_size, start, dA_sum, 0, 0, state_size)
-            _copy_rows(dD, image_direction, start, sums, 0, 0, 1)
-            _copy_rows(ddt_bias, image_direction, start, sums, 1, 0, 1)
-
+            copy_rows(dA, image_direction * state_size, start, dA_sum, 0, 0, state_size)
+            copy_rows(dD, image_direction, start, sums, 0, 0, 1)
+            copy_rows(ddt_bias, image_direction, start, sums, 1, 0, 1)
         if z[0] != 0:
-            for t in range(num_tokens):
-                fetch_block(dz, b * num_tokens + t + AHEAD, start)
-                for c in range(0, BLOCK, WIDE):
-                    store(dz, b * num_tokens + t, start + c, load_wide(ys, t, c) * load_wide(dgates, t, c))
+            gradient_of_gate(dz, b, shape, start, ys, dgates)
     keep((h_array, decay_array, x_array, delta_array, slope_array, dy_array, y_array, dgate_array))
     keep((carried_array, dA_array, bias_array, lane_array))
-
-
-# ---- tensors in, tensors out ----
 
 
 def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Operand], tuple[int, ...]]:

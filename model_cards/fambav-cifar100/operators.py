@@ -22,6 +22,7 @@ _SOURCES = (
     "numba_channels",
     "numba_functions",
     "numba_jobs",
+    "numba_scan_loops",
     "numba_vectors",
     "operators",
     "rms_norm",
