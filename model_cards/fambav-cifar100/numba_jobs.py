@@ -49,14 +49,28 @@ def kernel(function):
     """
     function.__qualname__ += f"_{_SUFFIX}"
     try:
-        return cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+        compiled = cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
     except Exception as error:  # a folder that is read-only, full, or holds damaged files; or the compiler
         compiled = cfunc(_SIGNATURE, error_model="numpy")(function)  # which then fails again
         _warn_that_nothing_is_kept(error)
-        return compiled
+    else:
+        if compiled.cache_hits == 0:
+            _say_why_the_first_time_is_slow(compiled._cache.cache_path)
+    return compiled
 
 
-_has_warned = False
+_has_warned = _has_said_why = False
+
+
+def _say_why_the_first_time_is_slow(folder: str) -> None:
+    """After the first kernel that was not on disk, before the others."""
+    global _has_said_why
+    if not (_has_said_why or _has_warned):
+        logger.warning(
+            "Famba-V compiles its CPU kernels for this machine, which takes about twenty seconds, once: the next "
+            f"process finds them in {folder}."
+        )
+    _has_said_why = True
 
 
 def _warn_that_nothing_is_kept(error: Exception) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -133,12 +134,22 @@ def _doubled(path: Path) -> tuple[list[float], str]:
 @pytest.fixture
 def no_warning_yet(monkeypatch):
     monkeypatch.setattr(numba_jobs, "_has_warned", False)
+    monkeypatch.setattr(numba_jobs, "_has_said_why", False)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
 
 
 def test_compiled_code_is_kept_beside_its_file(no_warning_yet, tmp_path):
-    assert _doubled(tmp_path / "kernels.py") == ([8.0] * 3, "")
+    values, said = _doubled(tmp_path / "kernels.py")
+    assert values == [8.0] * 3
     assert {path.suffix for path in (tmp_path / "__pycache__").iterdir()} >= {".nbi", ".nbc"}
+    assert said.count("\n") == 1 and f"the next process finds them in {tmp_path / '__pycache__'}." in said
+
+
+def test_compiling_is_said_once_and_only_where_it_is_done(no_warning_yet, monkeypatch, tmp_path):
+    assert _doubled(tmp_path / "first.py")[1] != ""
+    assert _doubled(tmp_path / "second.py") == ([8.0] * 3, "")
+    monkeypatch.setattr(numba_jobs, "_has_said_why", False)  # as in another process
+    assert _doubled(tmp_path / "first.py") == ([8.0] * 3, "")
 
 
 def test_without_a_place_to_keep_compiled_code(no_warning_yet, monkeypatch, tmp_path):
@@ -167,6 +178,22 @@ def test_a_kernel_that_cannot_be_compiled_says_why(no_warning_yet):
     with pytest.raises(Exception, match="nonsense"), CaptureLogger(numba_jobs.logger) as captured:
         kernel(lambda address: address.nonsense)
     assert captured.out == ""
+
+
+@pytest.mark.slow
+def test_processes_that_compile_at_the_same_time(tmp_path):
+    code = (
+        "import torch; from modeling_fambav.rms_norm import rms_norm; from support.helpers import random_tensor; "
+        "print(rms_norm(random_tensor(3, 32, seed=1), torch.ones(32), 1e-5).sum().item())"
+    )
+    tests = str(Path(__file__).parents[1])
+    environment = {"PYTHONPATH": os.pathsep.join([tests, str(REPOSITORY)]), "NUMBA_CACHE_DIR": str(tmp_path)}
+    with ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(lambda _: run_python("-c", code, **environment), range(2)))
+    after = run_python("-c", code, **environment)
+    assert {result.stdout for result in (*first, after)} == {first[0].stdout} and first[0].stdout
+    assert all(result.stderr.count("compiles its CPU kernels") == 1 for result in first)
+    assert after.stderr == ""
 
 
 @pytest.mark.slow
