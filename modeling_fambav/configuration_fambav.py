@@ -146,7 +146,7 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     residual_in_fp32: bool = True
     drop_path_rate: float | int = validated_field(_number(0.0, 1.0, open_maximum=True), default=0.0)
     hidden_dropout_prob: float | int = validated_field(_number(0.0, 1.0), default=0.0)
-    initializer_range: float | int = validated_field(_number(0.0), default=0.02)
+    initializer_range: float | int = validated_field(_number(1e-12), default=0.02)
 
     fusion_strategy: Literal["upper", "none", "all", "interleaved", "lower", "custom"] = "upper"
     fusion_tokens: int = validated_field(_integer(0), default=9)
@@ -161,6 +161,9 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs):
+        num_labels = kwargs.get("num_labels", 2)
+        if type(num_labels) is not int or num_labels < 0:
+            raise ValueError(f"num_labels={num_labels!r}: expected an integer >= 0")
         if isinstance(self.image_size, list):  # JSON has no tuples
             self.image_size = cast(tuple[int, int], tuple(self.image_size))
         if self.patch_stride is None:
@@ -408,8 +411,9 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_patches()  # validators run by name; without patches there is nothing to say about tokens
         if sum(self.tokens_removed) == 0 and self.fusion_strategy != "none":
             raise ValueError(
-                f"fusion_strategy={self.fusion_strategy!r} removes no token from {self.num_patches} patches; "
-                "expected at least 2 patches, or fusion_strategy='none'"
+                f"fusion_strategy={self.fusion_strategy!r} removes no token from the {self.num_patches} patches of "
+                f"image_size={self.image_size} and patch_size={self.patch_size}; expected at least 2 patches, or "
+                "fusion_strategy='none'"
             )
 
 

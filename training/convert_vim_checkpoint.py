@@ -37,7 +37,7 @@ _OFFICIAL_NAMES = {
 _SCAN_PARAMETER = re.compile(r"(layers\.\d+\.mixer)\.(forward|backward)_scan\.(conv1d|x_proj|dt_proj|A|D)(.*)")
 
 
-class CheckpointError(ValueError):
+class ConversionError(ValueError):
     """A file that cannot be read, or is not an official Vim checkpoint."""
 
 
@@ -53,11 +53,11 @@ def convert(checkpoint: Path, output_folder: Path, **overrides: Any) -> FambaVFo
         the converted model.
 
     Raises:
-        CheckpointError: if the file is damaged, foreign or would run code, or the folder is not empty. Nothing is
+        ConversionError: if the file is damaged, foreign or would run code, or the folder is not empty. Nothing is
             written then.
     """
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
-        raise CheckpointError(f"{output_folder}: expected a folder that does not exist yet or is empty")
+        raise ConversionError(f"{output_folder}: expected a folder that does not exist yet or is empty")
     official = read_state_dict(checkpoint)
     config = read_config(official, **overrides)
     model = FambaVForImageClassification(config)
@@ -84,7 +84,7 @@ def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
     else; `argparse.Namespace`, in which the official script keeps its flags, is the one other class that is allowed.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or holds anything else.
+        ConversionError: if the file is missing, damaged, or holds anything else.
     """
     try:
         if checkpoint.suffix == ".safetensors":
@@ -93,26 +93,26 @@ def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{checkpoint}: cannot be read, {error.strerror or error}") from error
+        raise ConversionError(f"{checkpoint}: cannot be read, {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         # Of torch's long message, which also advises to run the code, the one line that names what was found
         found = next((line for line in str(error).splitlines() if "GLOBAL" in line or "error:" in line), "")
-        raise CheckpointError(
+        raise ConversionError(
             f"{checkpoint}: not a file of plain tensors, and nothing else is unpickled because it could run code. "
             f"{found.strip()}".strip()
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
+        raise ConversionError(
             f"{checkpoint}: damaged or not a checkpoint ({type(error).__name__}: {error})"
         ) from error
 
     if isinstance(content, dict) and isinstance(content.get("model"), dict):  # the official script's files
         content = content["model"]
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{checkpoint}: expected a state dict, got {type(content).__name__} without tensors")
+        raise ConversionError(f"{checkpoint}: expected a state dict, got {type(content).__name__} without tensors")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{checkpoint}: entry {name!r} is a {type(tensor).__name__}, expected a tensor")
+            raise ConversionError(f"{checkpoint}: entry {name!r} is a {type(tensor).__name__}, expected a tensor")
     return content
 
 
@@ -120,15 +120,15 @@ def read_config(official: dict[str, Tensor], **overrides: Any) -> FambaVConfig:
     """Geometry of an official state dict; fusion is off unless `overrides` has a fusion field.
 
     Raises:
-        CheckpointError: if a tensor that tells the geometry is missing or has the wrong number of dimensions, or
+        ConversionError: if a tensor that tells the geometry is missing or has the wrong number of dimensions, or
             contradicts a field of `overrides`, or the fields make no valid configuration.
     """
 
     def shape(name: str, num_dimensions: int) -> tuple[int, ...]:
         if name not in official:
-            raise CheckpointError(f"{name!r} is missing: not a Vim checkpoint with official names")
+            raise ConversionError(f"{name!r} is missing: not a Vim checkpoint with official names")
         if official[name].dim() != num_dimensions:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{name!r} of shape {tuple(official[name].shape)}: expected {num_dimensions} dimensions"
             )
         return tuple(official[name].shape)
@@ -137,7 +137,7 @@ def read_config(official: dict[str, Tensor], **overrides: Any) -> FambaVConfig:
     intermediate_size, state_size = shape("layers.0.mixer.A_log", 2)
     layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in official) if match}
     if layers != set(range(len(layers))):
-        raise CheckpointError(f"layers {sorted(layers)[:30]}: expected all of 0, 1, 2, ...")
+        raise ConversionError(f"layers {sorted(layers)[:30]}: expected all of 0, 1, 2, ...")
     geometry = {
         "num_channels": num_channels,
         "patch_size": patch_size,
@@ -150,21 +150,21 @@ def read_config(official: dict[str, Tensor], **overrides: Any) -> FambaVConfig:
     }
     for name, value in geometry.items():
         if overrides.setdefault(name, value) != value:
-            raise CheckpointError(f"{name}={overrides[name]}: the tensors of the checkpoint say {value}")
+            raise ConversionError(f"{name}={overrides[name]}: the tensors of the checkpoint say {value}")
 
     num_patches = shape("pos_embed", 3)[1] - 1
     if "image_size" not in overrides:
         stride = overrides.get("patch_stride") or patch_size
         side = math.isqrt(num_patches)
         if side * side != num_patches:
-            raise CheckpointError(f"'pos_embed' has {num_patches} patches, which form no square: give --image_size")
+            raise ConversionError(f"'pos_embed' has {num_patches} patches, which form no square: give --image_size")
         overrides["image_size"] = (side - 1) * stride + patch_size
     if not any(name.startswith("fusion") for name in overrides):
         overrides["fusion_strategy"] = "none"
     try:
         return FambaVConfig(num_labels=shape("head.weight", 2)[0], **overrides)
     except StrictDataclassError as error:
-        raise CheckpointError(str(error)) from error
+        raise ConversionError(str(error)) from error
 
 
 def official_name(name: str) -> str:
@@ -188,9 +188,14 @@ def _renamed(official: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
         for name, ours in names.items()
         if name in official and official[name].shape != expected[ours].shape
     ]
+    problems += [
+        f"{name!r} of {tensor.dtype}, expected floating-point numbers"
+        for name, tensor in official.items()
+        if name in names and not tensor.is_floating_point()
+    ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"not a Vim checkpoint of one geometry: {'; '.join(problems[:5])}{more}")
+        raise ConversionError(f"not a Vim checkpoint of one geometry: {'; '.join(problems[:5])}{more}")
     return {ours: official[name] for name, ours in names.items()}
 
 

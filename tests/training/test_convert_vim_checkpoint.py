@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from convert_vim_checkpoint import CheckpointError, convert, main
+from convert_vim_checkpoint import ConversionError, convert, main
 from support.helpers import read_fixture
 
 GOLDEN_NAMES = ["vim_micro", "fambav_micro_none", "fambav_micro_upper"]
@@ -178,7 +178,7 @@ def test_output_folder_may_exist_if_it_is_empty(tmp_path):
 def assert_refused(checkpoint: Path, *words: str, **config_fields: Any) -> str:
     """Converting fails, with these words in the message, and leaves no trace in the checkpoint's folder."""
     before = sorted(checkpoint.parent.iterdir())
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ConversionError) as error:
         convert(checkpoint, checkpoint.parent / "out", **config_fields)
     for word in words:
         assert word in str(error.value)

@@ -101,5 +101,5 @@ def test_most_tokens_are_what_a_layer_can_remove(trial, tmp_path):
     folder = save_classifier(tmp_path, image_size=4, fusion_strategy="none")
     one_patch = FusionTrial(*load_classifier(str(folder), {}))
     assert one_patch.most_tokens == 0
-    with pytest.raises(StrictDataclassError, match="removes no token from 1 patches"):
+    with pytest.raises(StrictDataclassError, match="removes no token from the 1 patches"):
         one_patch.answer(noise(), "all", 1)
