@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import re
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,7 +126,7 @@ def _doubled(path: Path) -> tuple[list[float], str]:
     os.utime(path, (0, 0))  # numba compiles a file again that is newer
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    with CaptureLogger(numba_jobs.logger) as captured:
+    with mock.patch.dict(sys.modules, {path.stem: module}), CaptureLogger(numba_jobs.logger) as captured:
         spec.loader.exec_module(module)
     values = buffer("values", 1, 3, fill=4)
     launch(module.double, 1, (3,), [values])
