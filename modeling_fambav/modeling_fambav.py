@@ -110,8 +110,10 @@ class FambaVScanDirection(nn.Module):
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
         self.x_proj = nn.Linear(channels, rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(rank, channels)
-        self.A_log = nn.Parameter(torch.zeros(channels, state_size))
-        self.D = nn.Parameter(torch.ones(channels))
+        # In float32 whatever the default dtype is, see `_keep_in_fp32_modules_strict`
+        self.dt_proj.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.zeros(channels, state_size, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(channels, dtype=torch.float32))
 
 
 class FambaVMixer(nn.Module):
