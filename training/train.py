@@ -289,31 +289,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         trainer.round_weights(release_dtype)
         # Once, after the last epoch: picking the best of many epochs would be choosing on the split that is reported.
         scores = trainer.evaluate()
-        position = trainer.position
-        results = {
-            **scores,
-            "train_loss": trainer.last_loss,
-            "train_seconds": position.train_seconds,
-            "processor_seconds": position.processor_seconds,
-            "images_per_second": position.images / position.train_seconds,
-            "peak_memory_bytes": position.peak_memory_bytes,
-            "start_memory_bytes": position.start_memory_bytes,
-            "sequence_lengths": model.config.sequence_lengths,
-            "num_parameters": model.num_parameters(),
-            "steps": position.step,
-            "epochs": trainer.num_epochs,
-            "nonfinite_steps": position.nonfinite_steps,
-            "seed": args.seed,
-            "scan_backend": selective_scan_backend(next(model.parameters())),
-            "dataset": args.dataset_name,
-            "train_images": _length(loaders[0]),
-            "validation_images": _length(loaders[1]),
-            "release_weights": args.release_weights,
-            "hub_model_id": repository,
-            "teacher": _describe_teacher(teacher),
-            "arguments": {**dataclasses.asdict(args), "output_dir": str(args.output_dir), **overrides},
-            **environment(accelerator),
-        }
+        results = describe_run(args, overrides, accelerator, trainer, loaders, teacher, scores, repository)
         if accelerator.is_main_process:
             weights = trainer.weight_average.module if args.release_weights == "average" else trainer.model
             with release_files(args.output_dir) as folder:
@@ -325,6 +301,45 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         # Last, because the other processes would not wait for a long upload
         results["hub_url"] = publish_folder(args.output_dir, repository)
     return results
+
+
+def describe_run(
+    args: TrainingArguments,
+    overrides: dict[str, Any],
+    accelerator: Accelerator,
+    trainer: Trainer,
+    loaders: tuple[DataLoader | StreamLoader, DataLoader],
+    teacher: Teacher | TeacherViews | None,
+    scores: dict[str, float],
+    repository: str | None,
+) -> dict[str, Any]:
+    """What `all_results.json` says of a finished run: scores, costs, and all that made them."""
+    model = accelerator.unwrap_model(trainer.model)
+    position = trainer.position
+    return {
+        **scores,
+        "train_loss": trainer.last_loss,
+        "train_seconds": position.train_seconds,
+        "processor_seconds": position.processor_seconds,
+        "images_per_second": position.images / position.train_seconds,
+        "peak_memory_bytes": position.peak_memory_bytes,
+        "start_memory_bytes": position.start_memory_bytes,
+        "sequence_lengths": model.config.sequence_lengths,
+        "num_parameters": model.num_parameters(),
+        "steps": position.step,
+        "epochs": trainer.num_epochs,
+        "nonfinite_steps": position.nonfinite_steps,
+        "seed": args.seed,
+        "scan_backend": selective_scan_backend(next(model.parameters())),
+        "dataset": args.dataset_name,
+        "train_images": _length(loaders[0]),
+        "validation_images": _length(loaders[1]),
+        "release_weights": args.release_weights,
+        "hub_model_id": repository,
+        "teacher": _describe_teacher(teacher),
+        "arguments": {**dataclasses.asdict(args), "output_dir": str(args.output_dir), **overrides},
+        **environment(accelerator),
+    }
 
 
 def _describe_teacher(teacher: Teacher | TeacherViews | None) -> dict[str, Any] | None:

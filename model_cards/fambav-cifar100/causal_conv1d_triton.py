@@ -70,11 +70,11 @@ def _conv_backward(
         direction = (tl.program_id(1) * batch_size + b) * NUM_DIRECTIONS + g
         for k in tl.static_range(KERNEL_SIZE):
             # The token that sees this one through tap k
-            seer = t + (KERNEL_SIZE - 1 - k) if g == 0 else t - (KERNEL_SIZE - 1 - k)
-            exists = ((seer >= 0) & (seer < num_tokens))[:, None] & here
-            u = _convolved(x, weight, bias, b, seer, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
+            reader = t + (KERNEL_SIZE - 1 - k) if g == 0 else t - (KERNEL_SIZE - 1 - k)
+            exists = ((reader >= 0) & (reader < num_tokens))[:, None] & here
+            u = _convolved(x, weight, bias, b, reader, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
             s = tl.sigmoid(u)
-            pointers = dout + ((g * batch_size + b) * num_tokens + seer[:, None]) * dout_row + e[None, :]
+            pointers = dout + ((g * batch_size + b) * num_tokens + reader[:, None]) * dout_row + e[None, :]
             du = tl.load(pointers, exists, 0.0).to(tl.float32) * s * (1.0 + u * (1.0 - s))
             w = tl.load(weight + (g * KERNEL_SIZE + k) * channels + e, is_channel, 0.0).to(tl.float32)
             dx_t += du * w[None, :]

@@ -39,14 +39,14 @@ class Run:
         seed: seed of the run.
         folder: where train.py leaves what it makes.
         flags: flags of train.py.
-        twin: folder of the same run in Table 1, if there is one; it is not repeated if it is finished there.
+        table_1_folder: folder of the same run in Table 1, if there is one; it is not repeated if it is finished there.
     """
 
     cell: str
     seed: int
     folder: Path
     flags: dict[str, Any]
-    twin: Path | None = None
+    table_1_folder: Path | None = None
 
     @property
     def log(self) -> Path:
@@ -69,10 +69,10 @@ class Run:
     @property
     def source(self) -> Path:
         """The folder whose results are this run's: its own, or Table 1's if only that one has finished it."""
-        if self.twin is not None and not (self.folder / RESULTS_FILE).exists():
+        if self.table_1_folder is not None and not (self.folder / RESULTS_FILE).exists():
             try:
-                if self._read(self.twin) is not None:
-                    return self.twin
+                if self._read(self.table_1_folder) is not None:
+                    return self.table_1_folder
             except ValueError:
                 pass  # of Table 1 with other flags, so it is not the same run
         return self.folder
@@ -124,8 +124,8 @@ def table_runs(
             ours = {"seed": seed, "output_dir": run_folder, "checkpointing_steps": "epoch"}
             resume = {"checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
             run_flags = {**flags, **cell.fusion, **ours, **resume}
-            twin = None if cell.in_table_1 is None else table_1 / f"{cell.in_table_1}_seed{seed}"
-            runs[cell.name].append(Run(cell.name, seed, run_folder, run_flags, twin))
+            table_1_folder = None if cell.in_table_1 is None else table_1 / f"{cell.in_table_1}_seed{seed}"
+            runs[cell.name].append(Run(cell.name, seed, run_folder, run_flags, table_1_folder))
     return runs
 
 
