@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,12 @@ def train_here(output_dir: Path, **changes: Any) -> dict[str, Any]:
     flags = {**FLAGS, "output_dir": output_dir, **changes}
     with own_process_state():
         return train.run(*parse_arguments(train.TrainingArguments, "", command_line(**flags)))
+
+
+def train_silently(output_dir: Path, **changes: Any) -> None:
+    """What a process does that nobody listens to."""
+    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        train_here(output_dir, **changes)
 
 
 def run_in_two_processes(output_dir: Path, **changes: Any) -> subprocess.CompletedProcess:
