@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .backends import HAS_KERNELS, selective_scan_backend, states_shape
-from .causal_conv1d import causal_conv1d, conv_kernels
+from .causal_conv1d import conv_kernels, conv_on
 from .operators import define
-from .selective_scan import scan_kernels, selective_scan
+from .selective_scan import scan_kernels, scan_on
 
 
 def bidirectional_scan(
@@ -52,10 +52,11 @@ def bidirectional_scan(
     arguments = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_scale)
     if backend in HAS_KERNELS:
         return _scan(*arguments, torch.is_grad_enabled(), backend)[0]
-    return bidirectional_scan_in_parts(*arguments)
+    return bidirectional_scan_in_parts(backend, *arguments)
 
 
 def bidirectional_scan_in_parts(
+    backend: str,
     xz: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
@@ -66,13 +67,13 @@ def bidirectional_scan_in_parts(
     D: Tensor,
     dt_scale: Tensor | None = None,
 ) -> Tensor:
-    """As `bidirectional_scan`, by one operator after the other, on any backend."""
+    """As `bidirectional_scan`, by one operator after the other, on this backend, which can be any."""
     x, z = xz.chunk(2, dim=-1)
-    x = causal_conv1d(x, conv_weight, conv_bias)  # (G, B, T, E)
+    x = conv_on(backend, x, conv_weight, conv_bias)  # (G, B, T, E)
     chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
     low_rank_dt, B, C = _split(chosen, x, A)
     dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
-    return selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
+    return scan_on(backend, x, dt, A, B, C, D, z, dt_bias, dt_scale)
 
 
 def _split(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,7 +62,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ImportError: if the backend that was asked for is not installed.
     """
     _check_conv(x, weight, bias)
-    backend = selective_scan_backend(x)
+    return conv_on(selective_scan_backend(x), x, weight, bias)
+
+
+def conv_on(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `causal_conv1d`, on a backend that was chosen before; the shapes are taken to fit."""
     if backend in HAS_KERNELS:
         return _conv(x, weight, bias, backend)
     return causal_conv1d_torch(x, weight, bias)

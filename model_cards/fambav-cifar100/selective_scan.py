@@ -98,7 +98,22 @@ def selective_scan(
         ImportError: if the backend that was asked for is not installed.
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    backend = selective_scan_backend(x)
+    return scan_on(selective_scan_backend(x), x, dt, A, B, C, D, z, dt_bias, dt_scale)
+
+
+def scan_on(
+    backend: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_scale: Tensor | None,
+) -> Tensor:
+    """As `selective_scan`, on a backend that was chosen before; the shapes are taken to fit."""
     if backend in HAS_KERNELS:
         return _scan(x, dt, A, B, C, D, z, dt_bias, dt_scale, torch.is_grad_enabled(), backend)[0]
     if backend == "mamba-ssm":

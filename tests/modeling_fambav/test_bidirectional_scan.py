@@ -1,5 +1,8 @@
 """The mixer's operator: values and every gradient against separate operators in float64, and what it keeps."""
 
+import importlib
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,9 +62,8 @@ def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
     if backend == "triton":
         pytest.importorskip("triton")
     inputs = {name: tensor.to(device) for name, tensor in mixer_inputs(*shape, dtype=dtype).items()}
-    set_selective_scan_backend("torch")
     wide = {name: tensor.double() for name, tensor in inputs.items()}
-    expected = results_of(bidirectional_scan_in_parts, wide)
+    expected = results_of(partial(bidirectional_scan_in_parts, "torch"), wide)
     set_selective_scan_backend(backend)
     results = results_of(bidirectional_scan, inputs)
     assert results.keys() == expected.keys() == (inputs.keys() | {"out"}) - {"dt_scale"}
@@ -74,6 +76,20 @@ def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
             **tolerance("scan", dtype),
             msg=lambda msg: f"{name}: {msg}",
         )
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_the_backend_is_chosen_once(monkeypatch, backend):
+    choices = []
+
+    def choose(tensor: Tensor) -> str:
+        choices.append(backend)
+        return backend
+
+    for name in ("bidirectional_scan", "causal_conv1d", "selective_scan"):
+        monkeypatch.setattr(importlib.import_module(f"modeling_fambav.{name}"), "selective_scan_backend", choose)
+    bidirectional_scan(**mixer_inputs(1, 5, 16, 2, 1, 3))
+    assert choices == [backend]
 
 
 def test_without_a_gradient_the_values_are_the_same():
@@ -110,7 +126,7 @@ def test_keeps_less_than_separate_operators_for_the_backward_pass():
         assert out.requires_grad
         return sum(kept.values())
 
-    assert kept_bytes(bidirectional_scan) < 0.5 * kept_bytes(bidirectional_scan_in_parts)
+    assert kept_bytes(bidirectional_scan) < 0.5 * kept_bytes(partial(bidirectional_scan_in_parts, "numba"))
 
 
 @pytest.mark.parametrize("has_scale", [True, False])

@@ -88,7 +88,7 @@ def test_a_mixer_makes_few_calls(monkeypatch):
         empty(2, 44, 384), empty(2, 384, 12), empty(2, 384), empty(2, 384, 16), empty(2, 384)
     )  # fmt: skip
     with torch.no_grad(), _Calls() as calls:
-        out = bidirectional_scan_in_parts(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+        out = bidirectional_scan_in_parts("torch", xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     assert out.shape == (8, 197, 384)
     # The recurrence takes at least one call per block of four tokens; the rest of a layer has ten
     assert 49 < calls.count <= 140
