@@ -23,6 +23,7 @@ import train
 from fambav_training.cli import parse_arguments
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.metrics import evaluate
+from fambav_training.run import loaders, setup
 from support.child_process import REPOSITORY, run_python
 from support.helpers import save_classifier
 from support.training_runs import (
@@ -78,8 +79,8 @@ def trained(tmp_path_factory) -> Path:
     [("bf16", False, True), ("bf16", True, False), ("no", False, False), ("bf16", None, False)],
 )
 def test_bf16_without_its_arithmetic_is_said_to_be_slow(precision, has_arithmetic, warns, monkeypatch, caplog):
-    monkeypatch.setattr(train, "has_bf16_arithmetic", lambda: has_arithmetic)
-    train.warn_of_slow_precision(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
+    monkeypatch.setattr(setup, "has_bf16_arithmetic", lambda: has_arithmetic)
+    setup.warn_of_slow_precision(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
     assert ("--mixed_precision no is faster" in caplog.text) is warns
 
 
@@ -228,7 +229,7 @@ def test_fine_tuning_a_folder_in_half_precision_keeps_float32_weights(tmp_path, 
     half = AutoModelForImageClassification.from_pretrained(start).to(getattr(torch, dtype))
     half.save_pretrained(start)
     assert json.loads((start / "config.json").read_text())["dtype"] == dtype
-    model, _ = train.create_model(train.TrainingArguments(model_name_or_path=str(start)), {}, ["cat", "dog"])
+    model, _ = setup.create_model(train.TrainingArguments(model_name_or_path=str(start)), {}, ["cat", "dog"])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.dtype == torch.float32  # as what it is trained to is saved
     expected = half.float().state_dict()
@@ -241,8 +242,8 @@ def test_first_samples_of_a_sorted_dataset_are_of_all_classes(tmp_path):
     images = load_labeled_images(str(tmp_path / "pets"), validation_split="test")
     flags = command_line(image_size=8, patch_size=4, max_train_samples=30, max_eval_samples=15)
     args, overrides = parse_arguments(train.TrainingArguments, "", [*flags, "--per_device_train_batch_size", "10"])
-    _, processor = train.create_model(args, overrides, images.label_names)
-    for loader, expected in zip(train.create_loaders(args, images, processor, Accelerator(cpu=True)), (30, 15)):
+    _, processor = setup.create_model(args, overrides, images.label_names)
+    for loader, expected in zip(loaders.create_loaders(args, images, processor, Accelerator(cpu=True)), (30, 15)):
         assert len(loader.dataset) == expected
         assert set(loader.dataset.labels.tolist()) == {0, 1}
 
@@ -286,9 +287,9 @@ def test_two_processes_score_every_image_once(trained_by_two):
     model = AutoModelForImageClassification.from_pretrained(folder)
     args, overrides = parse_arguments(train.TrainingArguments, "", command_line(**{**FLAGS, **UNEVEN}))
     images = load_labeled_images("digits")
-    _, processor = train.create_model(args, overrides, images.label_names)
+    _, processor = setup.create_model(args, overrides, images.label_names)
     accelerator = Accelerator(cpu=True)
-    _, loader = train.create_loaders(args, images, processor, accelerator)
+    _, loader = loaders.create_loaders(args, images, processor, accelerator)
     scores = evaluate(model, loader, processor, accelerator)
     assert scores == {"top1": results["top1"], "top5": results["top5"]}
 

@@ -27,7 +27,7 @@ from fambav_training.data.pixels import (
     to_pixels,
 )
 from fambav_training.data.stream_loader import StreamLoader
-from fambav_training.run import trainer
+from fambav_training.run import loaders, setup, trainer
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 from support.helpers import noise
 from support.training_runs import (
@@ -117,7 +117,7 @@ def load(folder: Path, streaming: bool = False, split: str = "train"):
 
 def items(dataset: torch.utils.data.Dataset, num_workers: int = 0) -> list[tuple[torch.Tensor, int]]:
     """All images and labels, by batches of four."""
-    whole = None if isinstance(dataset, StreamedImages) else train._whole_batch
+    whole = None if isinstance(dataset, StreamedImages) else loaders._whole_batch
     batches = list(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=whole))
     assert all(pixels.dtype == torch.uint8 and labels.dtype == torch.int64 for pixels, labels in batches)
     return [(one, label.item()) for pixels, labels in batches for one, label in zip(pixels, labels)]
@@ -168,11 +168,11 @@ def streamed(folder: Path, rank: int = 0, num_processes: int = 1, **flags: Any) 
     words = {**FLAGS, "dataset_name": folder, "streaming": True, "validation_split": "test", "image_size": 16, **flags}
     args, overrides = parse_arguments(train.TrainingArguments, "", command_line(**words))
     images = load_labeled_images(str(folder), validation_split="test", streaming=True)
-    _, processor = train.create_model(args, overrides, images.label_names)
+    _, processor = setup.create_model(args, overrides, images.label_names)
     accelerator = SimpleNamespace(
         process_index=rank, num_processes=num_processes, device=torch.device("cpu"), gather=lambda tensor: tensor
     )
-    return train._stream(args, images, processor, accelerator)[0]
+    return loaders.stream_loaders(args, images, processor, accelerator)[0]
 
 
 def numbers(loader: StreamLoader, epoch: int = 0) -> list[int]:

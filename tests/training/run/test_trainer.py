@@ -16,7 +16,7 @@ import train
 from fambav_training.cli import parse_arguments
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.metrics import evaluate
-from fambav_training.run import trainer
+from fambav_training.run import loaders, setup, trainer
 from support.training_runs import (
     FLAGS,
     command_line,
@@ -250,10 +250,10 @@ def test_unknown_tracker_is_refused_before_training(tmp_path, monkeypatch, name)
 def score_release(folder: Path, **flags: Any) -> dict[str, float]:
     args, overrides = parse_arguments(train.TrainingArguments, "", command_line(**flags, output_dir=folder))
     images = load_labeled_images("digits")
-    _, processor = train.create_model(args, overrides, images.label_names)
+    _, processor = setup.create_model(args, overrides, images.label_names)
     with own_process_state():
         accelerator = Accelerator(cpu=True)
-        _, loader = train.create_loaders(args, images, processor, accelerator)
+        _, loader = loaders.create_loaders(args, images, processor, accelerator)
         return evaluate(AutoModelForImageClassification.from_pretrained(folder), loader, processor, accelerator)
 
 

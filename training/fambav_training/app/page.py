@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from gradio.components import Component
 from gradio.utils import get_upload_folder, is_in_or_equal
 from huggingface_hub.errors import StrictDataclassError
 
@@ -86,6 +87,53 @@ def is_upload(upload: dict[str, Any]) -> bool:
     return isinstance(path, str) and is_in_or_equal(path, get_upload_folder())
 
 
+def _question_column(trial: FusionTrial, examples: Sequence[Path]) -> list[Component]:
+    """What is asked, in the order of the arguments of `try_fusion`: image, strategy, r."""
+    config = trial.config
+    most_tokens = max(2, trial.most_tokens)  # a slider needs a range
+    image = gr.Image(label="Image", sources=["upload", "clipboard"], height=260, buttons=[])
+    strategy = gr.Radio(trial.strategies, value=config.fusion_strategy, label="Strategy", info="which layers fuse")
+    tokens = gr.Slider(
+        1,
+        most_tokens,
+        value=max(1, min(config.fusion_tokens, most_tokens)),
+        step=1,
+        precision=0,
+        label="r",
+        info="tokens that each of them removes; at most half of the patches that it receives",
+    )
+    if examples:
+        gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples")
+    return [image, strategy, tokens]
+
+
+def _answer_column(num_patches: int) -> list[Component]:
+    """What is shown, in the order in which `try_fusion` returns it: classes, text, tokens by layer, drawings."""
+    with gr.Row():
+        classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES, min_width=240)
+        lengths = gr.BarPlot(
+            x="layer",
+            y="tokens",
+            y_lim=[0, num_patches + 1],
+            height=282,  # of the classes beside it
+            label="Tokens that each layer scans",
+            min_width=240,
+            buttons=[],
+        )
+    text = gr.Markdown(NO_IMAGE, container=True)
+    drawings = gr.Gallery(
+        show_label=False,
+        format="png",  # lines stay sharp
+        columns=3,
+        height="auto",
+        buttons=["download", "fullscreen"],
+        interactive=False,
+        elem_id="drawings",
+    )
+    gr.Markdown("Patches that have become one token have one colour and an outline; they need not touch.")
+    return [classes, text, lengths, drawings]
+
+
 def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> gr.Blocks:
     """The page for a model of this name; `examples` are image files to choose from."""
 
@@ -95,57 +143,20 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
             raise gr.Error("expected an uploaded image", print_exception=False)
         return try_fusion(trial, upload, strategy, tokens)
 
-    config = trial.config
-    most_tokens = max(2, trial.most_tokens)  # a slider needs a range
     with gr.Blocks(
         title=f"Famba-V: {name}", analytics_enabled=False, delete_cache=(_FILE_SECONDS, _FILE_SECONDS)
     ) as page:
         gr.Markdown(f"# Famba-V: {name}\n{_INTRODUCTION}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(label="Image", sources=["upload", "clipboard"], height=260, buttons=[])
-                strategy = gr.Radio(
-                    trial.strategies, value=config.fusion_strategy, label="Strategy", info="which layers fuse"
-                )
-                tokens = gr.Slider(
-                    1,
-                    most_tokens,
-                    value=max(1, min(config.fusion_tokens, most_tokens)),
-                    step=1,
-                    precision=0,
-                    label="r",
-                    info="tokens that each of them removes; at most half of the patches that it receives",
-                )
-                if examples:
-                    gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples")
+                questions = _question_column(trial, examples)
             with gr.Column(scale=5, min_width=300):
-                with gr.Row():
-                    classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES, min_width=240)
-                    lengths = gr.BarPlot(
-                        x="layer",
-                        y="tokens",
-                        y_lim=[0, config.num_patches + 1],
-                        height=282,  # of the classes beside it
-                        label="Tokens that each layer scans",
-                        min_width=240,
-                        buttons=[],
-                    )
-                text = gr.Markdown(NO_IMAGE, container=True)
-                drawings = gr.Gallery(
-                    show_label=False,
-                    format="png",  # lines stay sharp
-                    columns=3,
-                    height="auto",
-                    buttons=["download", "fullscreen"],
-                    interactive=False,
-                    elem_id="drawings",
-                )
-                gr.Markdown("Patches that have become one token have one colour and an outline; they need not touch.")
+                answers = _answer_column(trial.config.num_patches)
         gr.on(
-            [image.change, strategy.change, tokens.change],
+            [component.change for component in questions],
             answer,
-            [image, strategy, tokens],
-            [classes, text, lengths, drawings],
+            questions,
+            answers,
             preprocess=False,  # gradio's own checks of images and numbers fail with a stack trace
             trigger_mode="always_last",  # a slider that is dragged asks once for where it ends
             api_name="try_fusion",

@@ -1,0 +1,160 @@
+"""What a run needs before it starts: processes, model and teacher, and the checks of what was asked for."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, set_seed
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import logging
+
+from fambav_training.machine.processor import has_bf16_arithmetic
+from fambav_training.release.hub import LOGS
+from fambav_training.run.arguments import TrainingArguments
+from fambav_training.run.distillation import Teacher, load_teacher
+from fambav_training.teacher.views import TeacherViews
+from modeling_fambav import FambaVConfig, FambaVForImageClassification
+
+logger = logging.get_logger(__name__)
+
+# The average of the weights is a copy of the model, and the release is saved by one process.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def create_accelerator(args: TrainingArguments) -> Accelerator:
+    """Processes, threads, precision and random numbers of a run.
+
+    Raises:
+        ValueError: if the processes were launched with a setting that splits the model.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        cpu=args.cpu,
+        # The order of the images is a function of seed and epoch
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=args.report_to if args.with_tracking else None,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / LOGS),
+    )
+    use_all_cores(accelerator)
+    warn_of_slow_precision(accelerator)
+    set_seed(args.seed)
+    if accelerator.distributed_type in _SHARDED:
+        raise ValueError(f"{accelerator.distributed_type.value}: expected a setting that keeps the model whole")
+    return accelerator
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Share the cores among the processes of this machine: `accelerate launch` gives each of them one thread."""
+    if accelerator.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(torch.get_num_threads(), cores // local_processes))
+
+
+def warn_of_slow_precision(accelerator: Accelerator) -> None:
+    """bfloat16 saves memory everywhere, and time only on a processor that multiplies it."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and has_bf16_arithmetic() is False:
+        logger.warning(
+            "--mixed_precision bf16: this processor has no bfloat16 arithmetic, a step takes longer than in float32; "
+            "--mixed_precision no is faster"
+        )
+
+
+def create_model(
+    args: TrainingArguments, overrides: dict[str, Any], label_names: list[str]
+) -> tuple[FambaVForImageClassification, BaseImageProcessor]:
+    """The model and its image processor, new or from a checkpoint, with the labels of the data.
+
+    Raises:
+        ValueError: if the checkpoint is of another model, or its weights do not fit the fields in `overrides`.
+    """
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    checkpoint = args.model_name_or_path
+    if checkpoint is None:
+        config = FambaVConfig(**labels, **overrides)
+        height, width = config.image_height_width
+        processor = ViTImageProcessorPil(size={"height": height, "width": width}, do_convert_rgb=True)
+        return FambaVForImageClassification(config), processor
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type != FambaVConfig.model_type:
+        raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
+    model, report = FambaVForImageClassification.from_pretrained(
+        checkpoint,
+        # Whatever the folder's: in half precision the steps of the optimizer and of the average are rounded away
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **labels,
+        **overrides,
+    )
+    # A new classifier is meant to be; anything else would be silently random.
+    not_loaded = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    not_loaded = [name for name in not_loaded if not name.startswith("classifier.")]
+    if not_loaded or report["unexpected_keys"]:
+        changed = {name: value for name, value in overrides.items() if getattr(config, name) != value}
+        raise ValueError(
+            f"--model_name_or_path {checkpoint}: its weights do not fit {changed}, among them "
+            f"{sorted([*not_loaded, *report['unexpected_keys']])[0]}"
+        )
+    return model, AutoImageProcessor.from_pretrained(checkpoint)
+
+
+def create_teacher(
+    args: TrainingArguments, processor: BaseImageProcessor, label_names: list[str], device: torch.device
+) -> Teacher | TeacherViews | None:
+    """What a model learns from beside the labels, on `device`; None without distillation.
+
+    Raises:
+        ValueError: if the teacher does not fit the images and classes, or cannot be loaded.
+    """
+    if args.distillation_weight == 0:
+        return None
+    if args.teacher_views is not None:
+        return TeacherViews(Path(args.teacher_views), label_names)
+    flag = "model_name_or_path" if args.teacher_name_or_path is None else "teacher_name_or_path"
+    trust_remote_code = args.teacher_trust_remote_code
+    return load_teacher(f"--{flag}", getattr(args, flag), processor, label_names, device, trust_remote_code)
+
+
+def check_channels(config: FambaVConfig) -> None:
+    """Raise a `ValueError` if the model does not read RGB, which all images are converted to."""
+    if config.num_channels != 3:
+        raise ValueError(f"--num_channels {config.num_channels}: expected 3, images are converted to RGB")
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ValueError: if there is none, or not the one that is asked for.
+    """
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if args.with_tracking and (not available or args.report_to not in ("all", *available)):
+        raise ValueError(
+            f"--report_to {args.report_to}: not installed; installed are {available}, try `pip install tensorboard`"
+        )
+
+
+def check_teacher(args: TrainingArguments) -> None:
+    """Refuse distillation from no teacher, or from one that the run would replace.
+
+    Raises:
+        ValueError: if it is so.
+    """
+    if args.distillation_weight == 0:
+        return
+    teacher = args.teacher_views or args.teacher_name_or_path or args.model_name_or_path
+    if teacher is None:
+        raise ValueError(
+            f"--distillation_weight {args.distillation_weight}: expected --model_name_or_path, which is the teacher "
+            "then, or --teacher_name_or_path, or --teacher_views"
+        )
+    if Path(teacher).resolve() == args.output_dir.resolve():
+        raise ValueError(f"--output_dir {args.output_dir}: expected another folder than the teacher's")
