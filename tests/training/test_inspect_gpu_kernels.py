@@ -56,13 +56,9 @@ def test_vim_ti(tmp_path):
     assert "estimated" in printed and printed.count("H100") == printed.count("A100") == len(KERNELS)
 
 
-def test_other_dtypes_and_sizes(tmp_path):
-    check(inspected(tmp_path, ["sm_90", "gfx942"], _OTHER_CASES)[0])
-
-
 @pytest.mark.slow
-def test_other_dtypes_and_sizes_on_the_other_gpus(tmp_path):
-    check(inspected(tmp_path, ["sm_80", "sm_89", "sm_100"], _OTHER_CASES)[0])
+def test_other_dtypes_and_sizes(tmp_path):
+    check(inspected(tmp_path, list(TARGETS), _OTHER_CASES)[0])
 
 
 def test_interpreted_kernels_are_refused():

@@ -224,7 +224,7 @@ STREAM = {
 }
 
 
-@pytest.mark.parametrize("step", [2, 3, 5])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (2, 3)), 5])
 def test_stream_that_was_stopped_goes_on_as_if_nothing_had_happened(numbered_folder, tmp_path, monkeypatch, step):
     flags = {**STREAM, "dataset_name": numbered_folder, "checkpointing_steps": 1}
     train_here(tmp_path / "whole", **flags)

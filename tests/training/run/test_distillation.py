@@ -18,7 +18,7 @@ from fambav_training.cli import parse_arguments
 from fambav_training.data.augmentation import Targets, mixed_cross_entropy
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.scoring import Scorer, load_classifier
-from fambav_training.run import distillation, trainer
+from fambav_training.run import distillation, setup, trainer
 from fambav_training.run.arguments import TrainingArguments, binding_arguments
 from fambav_training.run.checkpointing import CheckpointError
 from fambav_training.run.distillation import Teacher, distillation_loss
@@ -171,7 +171,7 @@ def test_loss_of_a_run_is_the_mix_of_the_two(start, tmp_path, monkeypatch):
 def test_weight_zero_is_no_distillation_bit_by_bit(start, tmp_path, monkeypatch):
     train_here(tmp_path / "plain", **RUN, model_name_or_path=start)
     train_here(tmp_path / "distilled", **DISTILLED, model_name_or_path=start)
-    monkeypatch.setattr(train, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(setup, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     flags = {**RUN, "distillation_weight": 0, "distillation_temperature": 5}
     train_here(tmp_path / "zero", **flags, model_name_or_path=start)
     plain, zero, distilled = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("plain", "zero", "distilled"))

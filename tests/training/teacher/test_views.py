@@ -16,6 +16,7 @@ import train
 from fambav_training.data.crops import Crops, draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize
+from fambav_training.run import setup
 from fambav_training.run.checkpointing import CheckpointError
 from fambav_training.run.distillation import load_teacher
 from fambav_training.teacher.views import MANIFEST, TeacherViews, TeacherViewsError
@@ -202,7 +203,7 @@ def test_damaged_folder_is_refused(stored, tmp_path, damage):
 
 
 def test_run_trains_on_stored_views_without_a_teacher(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(setup, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     seen, draw = [], TeacherViews.draw
 
     def record(self, pixels, rows):
