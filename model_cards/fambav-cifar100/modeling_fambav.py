@@ -126,21 +126,18 @@ class FambaVMixer(nn.Module):
         self.backward_scan = FambaVScanDirection(config)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def _stacked(self, name: str) -> Tensor:
-        """A parameter of both directions, (G, ...)."""
-        return torch.stack((self.forward_scan.get_parameter(name), self.backward_scan.get_parameter(name)))
-
     def forward(self, hidden_states: Tensor, dt_scale: Tensor | None = None) -> Tensor:
         """`dt_scale` of shape `(B, T)` multiplies the time step of each token."""
+        directions = self.forward_scan, self.backward_scan
         y = bidirectional_scan(
             self.in_proj(hidden_states),
-            self._stacked("conv1d.weight").squeeze(2),
-            self._stacked("conv1d.bias"),
-            self._stacked("x_proj.weight"),
-            self._stacked("dt_proj.weight"),
-            self._stacked("dt_proj.bias"),
-            -torch.exp(self._stacked("A_log").float()),
-            self._stacked("D"),
+            torch.stack([direction.conv1d.weight for direction in directions]).squeeze(2),
+            torch.stack([direction.conv1d.bias for direction in directions]),
+            torch.stack([direction.x_proj.weight for direction in directions]),
+            torch.stack([direction.dt_proj.weight for direction in directions]),
+            torch.stack([direction.dt_proj.bias for direction in directions]),
+            -torch.exp(torch.stack([direction.A_log for direction in directions]).float()),
+            torch.stack([direction.D for direction in directions]),
             dt_scale,
         )
         return self.out_proj(y)

@@ -16,7 +16,9 @@ so any thread may run it without a Python thread state. It takes tasks until non
 """
 
 import ctypes
+import functools
 import os
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -170,15 +172,16 @@ def _address(kernel, operand: Operand) -> tuple[int, int, int]:
     name, tensor, num_rows, num_columns, dtypes = operand
     if tensor is None:
         return 0, 0, 0
-    if tensor.device.type != "cpu" or tensor.dtype not in dtypes or tensor.shape != (num_rows, num_columns):
+    if not tensor.is_cpu or tensor.dtype not in dtypes or tensor.shape != (num_rows, num_columns):
         raise ValueError(
             f"{name} of the kernel {kernel.__name__} is {tensor.dtype} of shape {tuple(tensor.shape)} on "
             f"{tensor.device}: expected {' or '.join(map(str, dtypes))} of shape {(num_rows, num_columns)} on cpu"
         )
-    if num_columns > 1 and tensor.stride(1) != 1:
+    row_stride, column_stride = tensor.stride()
+    if num_columns > 1 and column_stride != 1:
         raise ValueError(f"{name} of the kernel {kernel.__name__} has strides {tensor.stride()}: expected (any, 1)")
     item_bytes = tensor.element_size()
-    return tensor.data_ptr(), tensor.stride(0) * item_bytes, item_bytes
+    return tensor.data_ptr(), row_stride * item_bytes, item_bytes
 
 
 # ---- threads ----
@@ -212,6 +215,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+@functools.cache
+def _c_function(kernel):
+    """A kernel as a function of the address of a job; ctypes lets go of the GIL while it runs."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+
+
 def launch(kernel, num_tasks: int, sizes: tuple[int, ...], operands: list[Operand]) -> None:
     """Run a kernel on `torch.get_num_threads()` threads, this one included.
 
@@ -228,14 +237,13 @@ def launch(kernel, num_tasks: int, sizes: tuple[int, ...], operands: list[Operan
     job = [0, num_tasks, *sizes, *[0] * (5 - len(sizes))]
     for operand in operands:
         job += _address(kernel, operand)
-    job = np.array(job, dtype=np.int64)
-    address = job.ctypes.data
+    job = array("q", job)
+    address, _ = job.buffer_info()
     num_threads = min(torch.get_num_threads(), num_tasks)
     if num_threads > 1 and _gomp_parallel is not None:
         _gomp_parallel(kernel.address, address, num_threads, 0)
         return
-    # ctypes lets go of the GIL while a function runs
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+    function = _c_function(kernel)
     others = []
     if num_threads > 1:
         _pool = _pool or ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fambav")
