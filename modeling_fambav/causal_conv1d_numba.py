@@ -13,8 +13,8 @@ from .numba_channels import (
     AHEAD,
     BLOCK,
     FLOATS,
-    as_rows,
-    as_rows_of_any,
+    as_float32_rows,
+    as_float_rows,
     fetch_block,
     launch_blocks,
     pad_channels,
@@ -24,13 +24,13 @@ from .numba_functions import sigmoid
 from .numba_jobs import (
     Operand,
     buffer,
+    float_rows,
     inlined,
     keep,
     kernel,
     next_task,
     open_job,
     rows,
-    rows_of_any,
     scratch,
     sizes,
 )
@@ -72,7 +72,7 @@ def _convolved(tokens, weight, bias, g, t, start, c, kernel_size):
 def _conv_forward(address):
     job = open_job(address, 4)
     num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
-    x, weight, bias, out = rows_of_any(job, 0), rows(job, 1), rows(job, 2), rows_of_any(job, 3)
+    x, weight, bias, out = float_rows(job, 0), rows(job, 1), rows(job, 2), float_rows(job, 3)
     num_blocks = channels // BLOCK
     token_array = np.zeros((num_tokens + 2 * (kernel_size - 1), BLOCK), np.float32)
     tokens = scratch(token_array)
@@ -97,7 +97,7 @@ def _conv_backward(address):
     job = open_job(address, 7)
     num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
     weight, bias, dweight, dbias = rows(job, 1), rows(job, 2), rows(job, 5), rows(job, 6)
-    x, dout, dx = rows_of_any(job, 0), rows_of_any(job, 3), rows_of_any(job, 4)
+    x, dout, dx = float_rows(job, 0), float_rows(job, 3), float_rows(job, 4)
     num_blocks = channels // BLOCK
     padded = num_tokens + 2 * (kernel_size - 1)
     token_array = np.zeros((padded, BLOCK), np.float32)
@@ -151,12 +151,12 @@ def _conv_backward(address):
 def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Operand], tuple[int, ...]]:
     """The tensors that both kernels begin with, as rows, and their shape."""
     num_directions, _, kernel_size = weight.shape
-    x_rows = as_rows_of_any(pad_channels(x))
+    x_rows = as_float_rows(pad_channels(x))
     channels = x_rows.shape[1]
     inputs = [
         Operand("x", x_rows, x.shape[0] * x.shape[1], channels, FLOATS),
-        Operand("weight", as_rows(pad_channels(weight.mT)), num_directions * kernel_size, channels),
-        Operand("bias", as_rows(pad_channels(bias)), num_directions, channels),
+        Operand("weight", as_float32_rows(pad_channels(weight.mT)), num_directions * kernel_size, channels),
+        Operand("bias", as_float32_rows(pad_channels(bias)), num_directions, channels),
     ]
     return inputs, (num_directions, *x.shape[:2], channels, kernel_size)
 
@@ -175,7 +175,7 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     inputs, shape = _conv_inputs(x, weight, bias)
     num_directions, batch_size, num_tokens, channels, kernel_size = shape
     num_rows = batch_size * num_tokens
-    dout = Operand("dout", as_rows_of_any(pad_channels(dout)), num_directions * num_rows, channels, FLOATS)
+    dout = Operand("dout", as_float_rows(pad_channels(dout)), num_directions * num_rows, channels, FLOATS)
     dx = buffer("dx", num_rows, channels, row_dtype(x))
     dweight = buffer("dweight", batch_size * num_directions * kernel_size, channels)
     dbias = buffer("dbias", batch_size * num_directions, channels)

@@ -37,15 +37,15 @@ def row_dtype(tensor: Tensor) -> torch.dtype:
     return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
 
 
-def as_rows_of_any(tensor: Tensor) -> Tensor:
+def as_float_rows(tensor: Tensor) -> Tensor:
     """In `row_dtype`, everything but the last dimension as rows; a view wherever the strides allow it."""
     tensor = tensor.detach().to(row_dtype(tensor))
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """As `as_rows_of_any`, but always float32."""
-    return as_rows_of_any(tensor.float())
+def as_float32_rows(tensor: Tensor) -> Tensor:
+    """As `as_float_rows`, but always float32."""
+    return as_float_rows(tensor.float())
 
 
 def pad_channels(tensor: Tensor) -> Tensor:

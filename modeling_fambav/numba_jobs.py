@@ -7,7 +7,7 @@ so any thread may run it without a Python thread state. It takes tasks until non
     @kernel
     def name(address):
         job = open_job(address, num_tensors)
-        weight, result = rows(job, 0), rows_of_any(job, 1)
+        weight, result = rows(job, 0), float_rows(job, 1)
         while True:
             task = next_task(job)
             if task < 0:
@@ -108,7 +108,7 @@ def rows(job, index):
 
 
 @inlined
-def rows_of_any(job, index):
+def float_rows(job, index):
     """Rows of a float32 or bfloat16 tensor, whose values are to be read and written as vectors."""
     return job[_TENSORS + 3 * index], job[_TENSORS + 3 * index + 1], job[_TENSORS + 3 * index + 2]
 

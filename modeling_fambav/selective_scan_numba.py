@@ -23,8 +23,8 @@ from .backends import CHUNK_STEPS, states_shape
 from .numba_channels import (
     BLOCK,
     FLOATS,
-    as_rows,
-    as_rows_of_any,
+    as_float32_rows,
+    as_float_rows,
     ceil_div,
     fetch_block,
     launch_blocks,
@@ -34,12 +34,12 @@ from .numba_channels import (
 from .numba_jobs import (
     Operand,
     buffer,
+    float_rows,
     keep,
     kernel,
     next_task,
     open_job,
     rows,
-    rows_of_any,
     scratch,
     sizes,
 )
@@ -66,7 +66,7 @@ def _scan_forward(address):
     num_directions, batch_size, num_tokens, channels, state_size = shape
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
-    x, dt, z, out = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
+    x, dt, z, out = float_rows(job, 0), float_rows(job, 1), float_rows(job, 6), float_rows(job, 9)
     num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
     h_array = np.empty((state_size, BLOCK), np.float32)
     delta_array, drive_array = np.empty((_CHUNK, BLOCK), np.float32), np.empty((_CHUNK, BLOCK), np.float32)
@@ -104,8 +104,8 @@ def _scan_backward(address):
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
     dA, dB, dC, dD, ddt_bias = rows(job, 13), rows(job, 14), rows(job, 15), rows(job, 16), rows(job, 18)
-    x, dt, z, dout = rows_of_any(job, 0), rows_of_any(job, 1), rows_of_any(job, 6), rows_of_any(job, 9)
-    dx, ddt, dz = rows_of_any(job, 11), rows_of_any(job, 12), rows_of_any(job, 17)
+    x, dt, z, dout = float_rows(job, 0), float_rows(job, 1), float_rows(job, 6), float_rows(job, 9)
+    dx, ddt, dz = float_rows(job, 11), float_rows(job, 12), float_rows(job, 17)
     num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
     # Of a chunk; h[i] is the state before step i
     h_array = np.empty(((_CHUNK + 1) * state_size, BLOCK), np.float32)
@@ -169,9 +169,9 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Operand]
     if dt_bias is None:
         dt_bias = D.new_zeros(D.shape)
     A = A.float().mT * float(np.log2(np.e))
-    x_, dt, z = (None if tensor is None else as_rows_of_any(pad_channels(tensor)) for tensor in (x, dt, z))
-    A, D, dt_bias = (as_rows(pad_channels(tensor)) for tensor in (A, D, dt_bias))
-    dt_scale = None if dt_scale is None else as_rows(dt_scale).reshape(-1, 1)
+    x_, dt, z = (None if tensor is None else as_float_rows(pad_channels(tensor)) for tensor in (x, dt, z))
+    A, D, dt_bias = (as_float32_rows(pad_channels(tensor)) for tensor in (A, D, dt_bias))
+    dt_scale = None if dt_scale is None else as_float32_rows(dt_scale).reshape(-1, 1)
     num_directions, batch_size, num_tokens = x.shape[:3]
     channels, state_size = x_.shape[-1], B.shape[-1]
     image_rows = batch_size * num_tokens
@@ -180,8 +180,8 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Operand]
         Operand("x", x_, num_rows, channels, FLOATS),
         Operand("dt", dt, num_rows, channels, FLOATS),
         Operand("A", A, num_directions * state_size, channels),
-        Operand("B", as_rows(B), num_rows, state_size),
-        Operand("C", as_rows(C), num_rows, state_size),
+        Operand("B", as_float32_rows(B), num_rows, state_size),
+        Operand("C", as_float32_rows(C), num_rows, state_size),
         Operand("D", D, num_directions, channels),
         Operand("z", z, image_rows, channels, FLOATS),
         Operand("dt_bias", dt_bias, num_directions, channels),
@@ -237,7 +237,7 @@ def scan_backward(
     num_directions, batch_size, num_tokens, channels, state_size = shape
     image_rows, image_directions = batch_size * num_tokens, batch_size * num_directions
     num_rows, num_blocks = num_directions * image_rows, -(-channels // BLOCK)
-    dout = Operand("dout", as_rows_of_any(pad_channels(dout)), image_rows, channels, FLOATS)
+    dout = Operand("dout", as_float_rows(pad_channels(dout)), image_rows, channels, FLOATS)
     states = Operand("states", states, *states_shape("numba", x, A, keep_states=True))
     whole_fours = -(-state_size // 4) * 4
     outputs = [

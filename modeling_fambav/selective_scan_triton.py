@@ -24,7 +24,7 @@ except ImportError:  # within `try`, because transformers loads no remote code w
     raise
 
 from .backends import CHUNK_STEPS, states_shape
-from .triton_launch import OPTIONS, as_rows
+from .triton_launch import OPTIONS, as_float32_rows
 
 _CHUNK = CHUNK_STEPS["triton"]
 # Channels of a program.
@@ -208,7 +208,17 @@ def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> list[Tensor]:
     dt_bias = torch.zeros_like(D) if dt_bias is None else dt_bias.contiguous()
     z = x if z is None else z
     dt_scale = x if dt_scale is None else dt_scale.float().contiguous()
-    return [as_rows(x), as_rows(dt), A, as_rows(B), as_rows(C), D.contiguous(), as_rows(z), dt_bias, dt_scale]
+    return [
+        as_float32_rows(x),
+        as_float32_rows(dt),
+        A,
+        as_float32_rows(B),
+        as_float32_rows(C),
+        D.contiguous(),
+        as_float32_rows(z),
+        dt_bias,
+        dt_scale,
+    ]
 
 
 def scan_forward(
@@ -261,7 +271,7 @@ def scan_backward(
     state_size, num_blocks = A.shape[-1], triton.cdiv(channels, _BLOCK)
     options = _scan_options(x, A, z, dt_scale)
     inputs = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
-    dout = as_rows(dout)
+    dout = as_float32_rows(dout)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -24,7 +24,7 @@ from fambav_training.release.hub import prepare_repository, publish_folder
 from fambav_training.release.model_card import PLOT_FILE
 from fambav_training.release.run_plot import plot_run
 from fambav_training.release.saving import check_output_folder, release_files, save_release
-from fambav_training.run.arguments import TrainingArguments, binding_arguments
+from fambav_training.run.arguments import TrainingArguments, recipe_of
 from fambav_training.run.checkpointing import find_checkpoint
 from fambav_training.run.distillation import Teacher
 from fambav_training.run.interruption import Interrupted, Interruption
@@ -57,10 +57,10 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     check_trackers(args)
     check_teacher(args)
     accelerator = create_accelerator(args)
-    binding = {**binding_arguments(args, overrides), "mixed_precision": accelerator.mixed_precision}
+    recipe = {**recipe_of(args, overrides), "mixed_precision": accelerator.mixed_precision}
     checkpoint = None
     if args.resume_from_checkpoint is not None:
-        wanted = args.resume_from_checkpoint, args.output_dir, binding, accelerator.num_processes
+        wanted = args.resume_from_checkpoint, args.output_dir, recipe, accelerator.num_processes
         checkpoint = find_checkpoint(*wanted)
     if args.model_name_or_path is None:
         check_channels(FambaVConfig(**overrides))
@@ -81,7 +81,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     teacher = create_teacher(args, processor, images.label_names, accelerator.device)
     views = teacher if isinstance(teacher, TeacherViews) else None
     loaders = create_loaders(args, images, processor, accelerator, views)
-    trainer = Trainer(args, binding, accelerator, model, processor, *loaders, teacher)
+    trainer = Trainer(args, recipe, accelerator, model, processor, *loaders, teacher)
 
     trainer.compile_kernels()
     if checkpoint is not None:
@@ -90,7 +90,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     if args.with_tracking:
-        accelerator.init_trackers("fambav", config={name: str(value) for name, value in binding.items()})
+        accelerator.init_trackers("fambav", config={name: str(value) for name, value in recipe.items()})
     with Interruption() as interruption:
         trainer.train(interruption)
         trainer.round_weights(getattr(torch, args.release_dtype))

@@ -15,7 +15,7 @@ try:
 except ImportError:  # within `try`, because transformers loads no remote code whose other imports are missing
     raise
 
-from .triton_launch import OPTIONS, as_rows
+from .triton_launch import OPTIONS, as_float32_rows
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _conv_launch(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], dict[
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`causal_conv1d` without gradients."""
     grid, options = _conv_launch(x, weight)
-    rows, weight, bias = as_rows(x), weight.mT.contiguous(), bias.contiguous()
+    rows, weight, bias = as_float32_rows(x), weight.mT.contiguous(), bias.contiguous()
     out = x.new_empty(weight.shape[0], *x.shape)
     _conv_forward[grid](rows, weight, bias, out, *x.shape, rows.stride(0), **options)
     return out
@@ -109,7 +109,7 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     """Gradients of x, weight and bias, in float32."""
     grid, options = _conv_launch(x, weight)
     num_directions, channels, kernel_size = weight.shape
-    rows, dout, weight, bias = as_rows(x), as_rows(dout), weight.mT.contiguous(), bias.contiguous()
+    rows, dout, weight, bias = as_float32_rows(x), as_float32_rows(dout), weight.mT.contiguous(), bias.contiguous()
     buffers = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(x.shape, **buffers)
     dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)

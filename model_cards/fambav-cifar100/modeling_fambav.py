@@ -157,39 +157,41 @@ class FambaVLayer(GradientCheckpointingLayer):
         self.mixer = FambaVMixer(config)
         self.drop_path = FambaVDropPath(drop_path_rate)
 
-    def forward(self, hidden_states: Tensor, tokens: TokenState, num_fused: int) -> tuple[Tensor, TokenState]:
+    def forward(self, hidden_states: Tensor, token_state: TokenState, num_fused: int) -> tuple[Tensor, TokenState]:
         normed = self.norm(hidden_states)
         if num_fused > 0:
-            normed, hidden_states, tokens = fuse_tokens(normed, hidden_states, tokens, num_fused, self.config)
-        dt_scale = tokens.sizes if self.config.fusion_scale_time_step else None
-        return hidden_states + self.drop_path(self.mixer(normed, dt_scale)), tokens
+            normed, hidden_states, token_state = fuse_tokens(
+                normed, hidden_states, token_state, num_fused, self.config
+            )
+        dt_scale = token_state.sizes if self.config.fusion_scale_time_step else None
+        return hidden_states + self.drop_path(self.mixer(normed, dt_scale)), token_state
 
 
 def fuse_tokens(
-    normed: Tensor, residual: Tensor, tokens: TokenState, r: int, config: FambaVConfig
+    normed: Tensor, residual: Tensor, token_state: TokenState, r: int, config: FambaVConfig
 ) -> tuple[Tensor, Tensor, TokenState]:
     """Remove r tokens from the normed tokens and the residual stream by one and the same matching.
 
     Args:
         normed, residual (`Tensor` of shape `(B, T, D)`): the branch, whose similarities decide, and the stream.
-        tokens (`TokenState`): of these T tokens.
+        token_state (`TokenState`): of these T tokens.
         r (`int`): tokens to remove.
 
     Returns:
         both tensors as `(B, T - r, D)`, and the state of the T - r tokens.
     """
-    matching = match_tokens(normed, r, tokens.class_index, config.fusion_metric, config.fusion_order)
-    weights = tokens.sizes if config.fusion_reduction == "size_weighted" else None
-    if isinstance(tokens.class_index, Tensor):
-        class_index = matching.new_index.gather(1, tokens.class_index)
-    elif tokens.class_index == 0:
+    matching = match_tokens(normed, r, token_state.class_index, config.fusion_metric, config.fusion_order)
+    weights = token_state.sizes if config.fusion_reduction == "size_weighted" else None
+    if isinstance(token_state.class_index, Tensor):
+        class_index = matching.new_index.gather(1, token_state.class_index)
+    elif token_state.class_index == 0:
         class_index = 0  # nothing can come before it
     else:
-        class_index = matching.new_index[:, tokens.class_index, None]
+        class_index = matching.new_index[:, token_state.class_index, None]
     fused = TokenState(
         class_index=class_index,
-        sizes=None if tokens.sizes is None else matching.sum(tokens.sizes),
-        token_map=None if tokens.token_map is None else matching.compose(tokens.token_map),
+        sizes=None if token_state.sizes is None else matching.sum(token_state.sizes),
+        token_map=None if token_state.token_map is None else matching.compose(token_state.token_map),
     )
     return matching.merge(normed, weights), matching.merge(residual, weights), fused
 

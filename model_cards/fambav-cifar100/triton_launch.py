@@ -6,7 +6,7 @@ from torch import Tensor
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def as_rows(tensor: Tensor) -> Tensor:
+def as_float32_rows(tensor: Tensor) -> Tensor:
     """Everything but the last dimension as rows; a view wherever the strides allow it."""
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.reshape(-1, tensor.shape[-1])

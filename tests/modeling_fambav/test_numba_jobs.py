@@ -18,7 +18,7 @@ pytest.importorskip("numba")
 
 from modeling_fambav import numba_jobs, selective_scan_numba
 from modeling_fambav.numba_channels import FLOATS
-from modeling_fambav.numba_jobs import Operand, buffer, kernel, launch, next_task, open_job, rows_of_any, sizes
+from modeling_fambav.numba_jobs import Operand, buffer, float_rows, kernel, launch, next_task, open_job, sizes
 from modeling_fambav.numba_vectors import LANES, load, store
 from support.child_process import REPOSITORY, run_python
 
@@ -27,7 +27,7 @@ from support.child_process import REPOSITORY, run_python
 def _copy(address):
     job = open_job(address, 2)
     width = sizes(job)[0]
-    source, target = rows_of_any(job, 0), rows_of_any(job, 1)
+    source, target = float_rows(job, 0), float_rows(job, 1)
     while True:
         row = next_task(job)
         if row < 0:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import train
 from fambav_training.cli import parse_arguments
 from fambav_training.run import checkpointing, trainer
-from fambav_training.run.arguments import TrainingArguments, binding_arguments
+from fambav_training.run.arguments import TrainingArguments, recipe_of
 from fambav_training.run.checkpointing import (
     CheckpointError,
     find_checkpoint,
@@ -338,8 +338,8 @@ def folder(saved, tmp_path) -> Path:
 
 
 def find(wanted: str | Path, folder: Path, num_processes: int = 1, **changes: Any) -> Path | None:
-    binding = json.loads((checkpoint(folder, 8) / "trainer_state.json").read_text())["arguments"]
-    return find_checkpoint(str(wanted), folder, {**binding, **changes}, num_processes)
+    recipe = json.loads((checkpoint(folder, 8) / "trainer_state.json").read_text())["arguments"]
+    return find_checkpoint(str(wanted), folder, {**recipe, **changes}, num_processes)
 
 
 def cut(path: Path) -> None:
@@ -582,12 +582,12 @@ def test_older_checkpoint_than_those_that_are_there_is_refused(folder):
 
 def test_workers_of_a_stream_are_part_of_the_run():
     # Each worker reads files of its own, so their number is the order of the images.
-    def binding(**flags):
+    def recipe(**flags):
         words = command_line(dataset_name="images", max_train_steps=1, validation_split="test", **flags)
-        return binding_arguments(*parse_arguments(TrainingArguments, "", words))
+        return recipe_of(*parse_arguments(TrainingArguments, "", words))
 
-    assert binding(dataloader_num_workers=1) == binding(dataloader_num_workers=2)
-    one, two = (binding(streaming=True, dataloader_num_workers=number) for number in (1, 2))
+    assert recipe(dataloader_num_workers=1) == recipe(dataloader_num_workers=2)
+    one, two = (recipe(streaming=True, dataloader_num_workers=number) for number in (1, 2))
     assert one != two
 
 

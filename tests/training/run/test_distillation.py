@@ -19,7 +19,7 @@ from fambav_training.data.augmentation import Targets, mixed_cross_entropy
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.scoring import Scorer, load_classifier
 from fambav_training.run import distillation, setup, trainer
-from fambav_training.run.arguments import TrainingArguments, binding_arguments
+from fambav_training.run.arguments import TrainingArguments, recipe_of
 from fambav_training.run.checkpointing import CheckpointError
 from fambav_training.run.distillation import Teacher, distillation_loss
 from modeling_fambav import FambaVForImageClassification, FambaVModel
@@ -272,12 +272,12 @@ def test_teacher_that_was_replaced_is_refused(start, tmp_path):
 
 
 def test_flags_of_distillation_do_not_bind_runs_without_it():
-    def binding(*words: str):
-        return binding_arguments(*parse_arguments(TrainingArguments, "", words))
+    def recipe(*words: str):
+        return recipe_of(*parse_arguments(TrainingArguments, "", words))
 
-    assert binding("--distillation_temperature", "5") == binding()
-    assert not any("distillation" in name or "teacher" in name for name in binding())  # checkpoints older than them
-    assert binding("--distillation_weight", "0.5")["distillation_temperature"] == 2.0
+    assert recipe("--distillation_temperature", "5") == recipe()
+    assert not any("distillation" in name or "teacher" in name for name in recipe())  # checkpoints older than them
+    assert recipe("--distillation_weight", "0.5")["distillation_temperature"] == 2.0
 
 
 # ---- recovery ----

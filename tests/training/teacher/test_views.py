@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import store_teacher_views
-import train
 from fambav_training.data.crops import Crops, draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize

@@ -15,7 +15,7 @@ from typing import Any
 from fambav_training.cli import parse_arguments
 from fambav_training.paper.tables import Cell
 from fambav_training.release.saving import RESULTS_FILE
-from fambav_training.run.arguments import OF_DISTILLATION, TrainingArguments, binding_arguments
+from fambav_training.run.arguments import OF_DISTILLATION, TrainingArguments, recipe_of
 
 _LOG_TAIL_LINES = 15
 # Measures of a finished run that a table shows
@@ -93,8 +93,8 @@ class Run:
         if missing := [name for name in REPORTED if name not in results]:
             raise ValueError(f"{path}: without {missing[0]}, made by an older version; delete that folder")
         args, overrides = parse_arguments(TrainingArguments, "", self.words)
-        expected = binding_arguments(args, overrides)
-        # Flags that are not binding may differ; fields of the model that only the other run was given may not.
+        expected = recipe_of(args, overrides)
+        # Flags beside the recipe may differ; fields of the model that only the other run was given may not.
         arguments = results["arguments"]
         free = {field.name for field in dataclasses.fields(args)} - expected.keys()
         if arguments.get("distillation_weight"):

@@ -201,7 +201,7 @@ _FREE = {
 }
 
 
-def binding_arguments(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint can only be resumed with: flags that shape the run, and the given fields of the model."""
     own = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
     if args.streaming:  # each worker reads files of its own, so their number is the order of the images

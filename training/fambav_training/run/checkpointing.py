@@ -168,13 +168,13 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
             shutil.rmtree(path)
 
 
-def find_checkpoint(wanted: str, output_dir: Path, binding: dict[str, Any], num_processes: int) -> Path | None:
+def find_checkpoint(wanted: str, output_dir: Path, recipe: dict[str, Any], num_processes: int) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
         wanted: a folder, or `"latest"`: the newest one in `output_dir` that is whole.
         output_dir: folder of the run.
-        binding: flags that must be those of the checkpoint.
+        recipe: flags that must be those of the checkpoint.
         num_processes: processes of this run.
 
     Returns:
@@ -186,7 +186,7 @@ def find_checkpoint(wanted: str, output_dir: Path, binding: dict[str, Any], num_
     if wanted != LATEST:
         path = Path(wanted)
         state = read_state(path)
-        _check_same_run(path, state, binding, num_processes)
+        _check_same_run(path, state, recipe, num_processes)
         _check_newest(path, state["position"]["step"], output_dir)
         return path
     damaged = []
@@ -198,7 +198,7 @@ def find_checkpoint(wanted: str, output_dir: Path, binding: dict[str, Any], num_
             continue
         for error in damaged:
             logger.warning(f"not resumed from: {error}")
-        _check_same_run(path, state, binding, num_processes)
+        _check_same_run(path, state, recipe, num_processes)
         return path
     if damaged:
         raise damaged[0]
@@ -246,14 +246,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_same_run(path: Path, state: dict[str, Any], binding: dict[str, Any], num_processes: int) -> None:
+def _check_same_run(path: Path, state: dict[str, Any], recipe: dict[str, Any], num_processes: int) -> None:
     if state["num_processes"] != num_processes:
         raise CheckpointError(
             f"checkpoint {path}: made by {state['num_processes']} process(es), expected {num_processes} as in this run"
         )
     saved = state["arguments"]
-    for name in sorted(saved.keys() | binding.keys()):
-        if saved.get(name) != binding.get(name):
+    for name in sorted(saved.keys() | recipe.keys()):
+        if saved.get(name) != recipe.get(name):
             raise CheckpointError(
-                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {binding.get(name)} as in this run"
+                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {recipe.get(name)} as in this run"
             )

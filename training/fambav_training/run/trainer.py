@@ -78,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         args: TrainingArguments,
-        binding: dict[str, Any],
+        recipe: dict[str, Any],
         accelerator: Accelerator,
         model: FambaVForImageClassification,
         processor: BaseImageProcessor,
@@ -86,8 +86,8 @@ class Trainer:
         validation_loader: DataLoader,
         teacher: Teacher | TeacherViews | None = None,
     ):
-        """`binding` is what checkpoints of this run can only be resumed with; `teacher` is for distillation."""
-        self.args, self.binding, self.accelerator, self.processor = args, binding, accelerator, processor
+        """`recipe` is what checkpoints of this run can only be resumed with; `teacher` is for distillation."""
+        self.args, self.recipe, self.accelerator, self.processor = args, recipe, accelerator, processor
         self.teacher = teacher
         has_views = isinstance(teacher, TeacherViews)
         self.augment = Augmentation(
@@ -331,7 +331,7 @@ class Trainer:
             "last_loss": self.last_loss,
             "batches_per_epoch": self._batches_per_epoch(),
             "teacher": self._teacher_fingerprint(),
-            "arguments": self.binding,
+            "arguments": self.recipe,
         }
 
     def _teacher_fingerprint(self) -> str | None:
