@@ -38,7 +38,7 @@ class Workload:
         torch.manual_seed(0)
         self.case, self.device = case, device
         model = create_model(case).to(device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         self.model = torch.compile(model, mode=case.compile_mode) if case.compile_mode else model
         self.pixel_values = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
         self.labels = torch.randint(0, 100, (case.batch_size,), device=device)

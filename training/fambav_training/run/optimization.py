@@ -68,7 +68,7 @@ def create_optimizer(
         else:
             (decayed if parameter_name in decays else not_decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999))
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
     if name == "adamw":
         return adamw
     muon = torch.optim.Muon(of_muon, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
