@@ -15,22 +15,9 @@ from PIL import Image
 
 from fambav_training.app.trial import FusionTrial
 from fambav_training.cli import one_line_errors
+from fambav_training.data.image_file import find_examples
 from fambav_training.evaluation.scoring import load_classifier
 from fambav_training.machine.memory import keep_freed_memory
-
-
-def find_examples(model: str, given: list[Path] | None) -> list[Path]:
-    """The images to choose from: those given, or those in the folder `examples` of the model's folder.
-
-    Raises:
-        ValueError: if one that was given is missing or no image.
-    """
-    suffixes = Image.registered_extensions()
-    if given is not None:
-        if wrong := [path for path in given if not path.is_file() or path.suffix.lower() not in suffixes]:
-            raise ValueError(f"--examples {wrong[0]}: no such image")
-        return given
-    return [path for path in sorted(Path(model, "examples").glob("*")) if path.suffix.lower() in suffixes]
 
 
 def main() -> None:

@@ -19,12 +19,17 @@ def main() -> None:
     parser.add_argument("repo", help="repository, NAME or OWNER/NAME; created if it is new")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--tag", help="name of this release, default step-STEPS-seed-SEED-DIGEST")
+    parser.add_argument("--onnx", action="store_true", help="also the model as onnx/model.onnx, for transformers.js")
     args = parser.parse_args()
     with one_line_errors():
         # A repository is only created for something that can be published
         find_files(args.folder)
         if args.tag is not None:
             check_tag(args.tag)
+        if args.onnx:
+            from fambav_training.export.onnx_file import export_for_hub  # needs packages that publishing does not
+
+            export_for_hub(args.folder)
         url = publish_folder(args.folder, prepare_repository(args.repo, args.private), args.tag)
     print(f"published: {url}")
 

@@ -1,4 +1,4 @@
-"""Keep the tests off the network and out of the user's caches, and a folder of images of many kinds."""
+"""Keep the tests off the network and out of the user's caches, a browser, and a folder of images of many kinds."""
 
 import signal
 from pathlib import Path
@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
+from support.browser import open_browser
 from support.helpers import noise
 
 
@@ -24,6 +25,12 @@ def default_signals():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
+
+
+@pytest.fixture
+def browser():
+    with open_browser() as chromium:
+        yield chromium
 
 
 @pytest.fixture

@@ -1,22 +1,21 @@
 """The page: what it shows and refuses, its command line, and its use in a browser that reaches nothing else."""
 
 import json
-import shutil
 import subprocess
 import sys
 import urllib.request
-from urllib.parse import urlsplit
 
 import pytest
 
 import demo_app
 from fambav_training.app import trial as fusion_trial
 from fambav_training.app.trial import FusionTrial
+from fambav_training.data.image_file import find_examples
 from fambav_training.evaluation.scoring import load_classifier
+from support.browser import requested_hosts
 from support.child_process import REPOSITORY
 from support.helpers import noise, save_classifier
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_SECONDS = 300
 
 
@@ -123,10 +122,10 @@ def test_a_page_for_a_model_of_one_patch(fusion_page, tmp_path):
 
 
 def test_examples_are_the_images_in_the_folder_of_that_name(model_folder, tmp_path):
-    names = [path.name for path in demo_app.find_examples(str(model_folder), None)]
+    names = [path.name for path in find_examples(str(model_folder), None)]
     assert names == ["a.jpg", "b.png"]
-    assert demo_app.find_examples("owner/on-the-hub", None) == []
-    assert demo_app.find_examples(str(model_folder), []) == []
+    assert find_examples("owner/on-the-hub", None) == []
+    assert find_examples(str(model_folder), []) == []
 
 
 @pytest.mark.parametrize(
@@ -204,31 +203,6 @@ def test_other_files_of_the_server_are_refused(page_url, model_folder, tmp_path)
 
 
 # ---- in a browser ----
-
-
-@pytest.fixture
-def browser():
-    """Chromium without a window, that resolves no name."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    driver = shutil.which("chromedriver")
-    if BROWSER is None or driver is None:
-        pytest.skip("chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1200"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chromium
-    chromium.quit()
-
-
-def requested_hosts(browser) -> set[str | None]:
-    """Hosts of all requests of the page; None for data within it."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    return {urlsplit(request["request"]["url"]).hostname for request in requests}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import export_onnx
+from fambav_training.export import onnx_file
 from modeling_fambav import FambaVForImageClassification, selective_scan_backend
 from support.helpers import random_tensor, tiny_config
 
@@ -43,21 +44,37 @@ def run(monkeypatch, *words) -> None:
     "fields",
     [
         {"fusion_strategy": "none", "num_hidden_layers": 1},
-        {"fusion_order": "appended", "cls_token_position": "middle", "fusion_reduction": "size_weighted"},
-        {"cls_token_position": "middle", "fusion_scale_time_step": True, "image_size": (12, 20)},
+        {
+            "fusion_order": "appended",
+            "cls_token_position": "middle",
+            "fusion_reduction": "size_weighted",
+            "fusion_metric": "euclidean",
+        },
+        {
+            "cls_token_position": "middle",
+            "fusion_scale_time_step": True,
+            "fusion_metric": "dot",
+            "image_size": (12, 20),
+            "hidden_size": 24,  # which the kernel of the norm does not take
+        },
     ],
     ids=str,
 )
-def test_logits_are_those_of_the_model(fields, tmp_path):
+def test_logits_and_token_maps_are_those_of_the_model(fields, tmp_path):
     model, path = small_classifier(**fields), tmp_path / "model.onnx"
     backend = selective_scan_backend(model.classifier.weight)
-    export_onnx.export_onnx(model, path)
+    onnx_file.export_onnx(model, path, token_maps=True)
     assert selective_scan_backend(model.classifier.weight) == backend
-    assert max(export_onnx.differences(model, path).values()) <= 1e-5
+    assert max(onnx_file.differences(model, path).values()) <= 1e-5
     graph = onnx.load(path).graph
     op_types = [node.op_type for node in graph.node]
-    assert op_types.count("Scan") == model.config.num_hidden_layers  # no step of a scan is a node of the graph
+    assert op_types.count("Scan") == 2 * model.config.num_hidden_layers  # no step of a scan is a node of the graph
     assert {node.domain for node in graph.node} == {""}
+    pixel_values = random_tensor(3, 3, *model.config.image_height_width, seed=1)
+    (token_maps,) = onnx_file.open_session(path).run(["token_maps"], {"pixel_values": pixel_values.numpy()})
+    with torch.no_grad():
+        expected = torch.stack(model(pixel_values, output_token_maps=True).token_maps, dim=1)
+    np.testing.assert_array_equal(token_maps, expected.numpy())
     assert not any(node.metadata_props for node in graph.node)  # which would tell the paths of this machine
 
 
@@ -92,16 +109,16 @@ def test_the_command_writes_a_file_for_any_batch_size(model_folder, monkeypatch,
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
 def test_a_file_that_disagrees_is_not_written(model_folder, monkeypatch, tmp_path, difference):
-    monkeypatch.setattr(export_onnx, "export_onnx", lambda model, path: path.write_bytes(b"wrong"))
-    monkeypatch.setattr(export_onnx, "differences", lambda model, path: {1: difference, 2: 0.0})
+    monkeypatch.setattr(onnx_file, "export_onnx", lambda model, path, token_maps: path.write_bytes(b"wrong"))
+    monkeypatch.setattr(onnx_file, "differences", lambda model, path: {1: difference, 2: 0.0})
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, model_folder, tmp_path / "model.onnx")
-    assert "model.onnx: not written, expected logits within 0.0001" in end.value.code
+    assert "not kept: its logits differ" in end.value.code and "expected at most 0.0001" in end.value.code
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_named(model_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, model_folder, tmp_path / "model.onnx")
     assert "onnx, onnxruntime, onnxscript: not installed" in end.value.code

@@ -169,6 +169,16 @@ def test_published_model_loads_where_this_package_is_not_installed(hub, release,
     assert answers == pytest.approx({name: scores[model.config.label2id[name]].item() for name in answers})
 
 
+@pytest.mark.slow
+def test_onnx_goes_with_the_release(hub, repository, folder, monkeypatch):
+    run_main(monkeypatch, folder, "ann/tiny", "--onnx")
+    path = folder / "onnx" / "model.onnx"
+    written = path.read_bytes()
+    assert repository.commits[-1].files["onnx/model.onnx"] == written
+    run_main(monkeypatch, folder, "ann/tiny", "--onnx")
+    assert path.read_bytes() == written and len(repository.commits) == 2  # an empty one, and the release
+
+
 def run_main(monkeypatch, *arguments: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
     publish.main()

@@ -1,4 +1,4 @@
-"""Reading an image file that somebody chose."""
+"""Image files that somebody chose: finding and reading them."""
 
 from pathlib import Path
 
@@ -18,3 +18,17 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: no such image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: this image cannot be read: {error}") from error
+
+
+def find_examples(model: str, given: list[Path] | None) -> list[Path]:
+    """The images to choose from: those given, or those in the folder `examples` of the model's folder.
+
+    Raises:
+        ValueError: if one that was given is missing or no image.
+    """
+    suffixes = Image.registered_extensions()
+    if given is not None:
+        if wrong := [path for path in given if not path.is_file() or path.suffix.lower() not in suffixes]:
+            raise ValueError(f"--examples {wrong[0]}: no such image")
+        return given
+    return [path for path in sorted(Path(model, "examples").glob("*")) if path.suffix.lower() in suffixes]
