@@ -163,47 +163,51 @@ def _shares(shares, weights, new_index, b, num_tokens, num_kept):
 
 @kernel
 def _merge(address):
-    """values (B*T, D), new_index (B, T), weights (B, T) -> merged (B*(T - r), D), which starts as zeros."""
-    job = open_job(address, 4)
-    num_tokens, num_kept, width, _, _ = sizes(job)
-    values, new_index, weights, merged = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3)
+    """new_index (B, T), weights (B, T), one or two pairs of values (B*T, D) -> merged (B*(T - r), D), zeros before."""
+    job = open_job(address, 6)
+    num_tokens, num_kept, width, num_pairs, _ = sizes(job)
+    new_index, weights = rows(job, 0), rows(job, 1)
     shares = np.empty(num_tokens, np.float32)
+    vectors = width // LANES * LANES
     while True:
         b = next_task(job)
         if b < 0:
             break
         _shares(shares, weights, new_index, b, num_tokens, num_kept)
-        for t in range(num_tokens):
-            source, target = b * num_tokens + t, b * num_kept + load_index(new_index, b, t)
-            share = full(shares[t])
-            vectors = width // LANES * LANES
-            for d in range(0, vectors, LANES):
-                store(merged, target, d, load(merged, target, d) + share * load(values, source, d))
-            for d in range(vectors, width):
-                total = load_scalar(merged, target, d) + shares[t] * load_scalar(values, source, d)
-                store_scalar(merged, target, d, total)
+        for pair in range(num_pairs):
+            values, merged = rows(job, 2 + 2 * pair), rows(job, 3 + 2 * pair)
+            for t in range(num_tokens):
+                source, target = b * num_tokens + t, b * num_kept + load_index(new_index, b, t)
+                share = full(shares[t])
+                for d in range(0, vectors, LANES):
+                    store(merged, target, d, load(merged, target, d) + share * load(values, source, d))
+                for d in range(vectors, width):
+                    total = load_scalar(merged, target, d) + shares[t] * load_scalar(values, source, d)
+                    store_scalar(merged, target, d, total)
 
 
 @kernel
 def _merge_backward(address):
-    """dmerged (B*(T - r), D), new_index (B, T), weights (B, T) -> dvalues (B*T, D)."""
-    job = open_job(address, 4)
-    num_tokens, num_kept, width, _, _ = sizes(job)
-    dmerged, new_index, weights, dvalues = rows(job, 0), rows(job, 1), rows(job, 2), rows(job, 3)
+    """new_index (B, T), weights (B, T), one or two pairs of dmerged (B*(T - r), D) -> dvalues (B*T, D)."""
+    job = open_job(address, 6)
+    num_tokens, num_kept, width, num_pairs, _ = sizes(job)
+    new_index, weights = rows(job, 0), rows(job, 1)
     shares = np.empty(num_tokens, np.float32)
+    vectors = width // LANES * LANES
     while True:
         b = next_task(job)
         if b < 0:
             break
         _shares(shares, weights, new_index, b, num_tokens, num_kept)
-        for t in range(num_tokens):
-            source, target = b * num_tokens + t, b * num_kept + load_index(new_index, b, t)
-            share = full(shares[t])
-            vectors = width // LANES * LANES
-            for d in range(0, vectors, LANES):
-                store(dvalues, source, d, share * load(dmerged, target, d))
-            for d in range(vectors, width):
-                store_scalar(dvalues, source, d, shares[t] * load_scalar(dmerged, target, d))
+        for pair in range(num_pairs):
+            dmerged, dvalues = rows(job, 2 + 2 * pair), rows(job, 3 + 2 * pair)
+            for t in range(num_tokens):
+                source, target = b * num_tokens + t, b * num_kept + load_index(new_index, b, t)
+                share = full(shares[t])
+                for d in range(0, vectors, LANES):
+                    store(dvalues, source, d, share * load(dmerged, target, d))
+                for d in range(vectors, width):
+                    store_scalar(dvalues, source, d, shares[t] * load_scalar(dmerged, target, d))
 
 
 # ---- tensors in, tensors out ----
@@ -222,8 +226,13 @@ def match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similari
         `Tensor` of shape `(B, T)` (int64): `Matching.new_index`.
     """
     batch_size, num_tokens = norms.shape
-    num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
     class_index = Operand("class_index", _indices("class_index", class_index, num_tokens), batch_size, 1, _INDEX)
+    return _match_operand(products, norms, class_index, r, similarity, order).tensor
+
+
+def _match_operand(products, norms, class_index: Operand, r: int, similarity: str, order: str) -> Operand:
+    batch_size, num_tokens = norms.shape
+    num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
     worst = buffer("worst", batch_size, num_even)
     partner = buffer("partner", batch_size, num_even, torch.int64)
     new_index = buffer("new_index", batch_size, num_tokens, torch.int64)
@@ -240,51 +249,80 @@ def match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similari
         ],
     )
     launch(_choose, batch_size, (num_tokens, r, order == "appended"), [worst, partner, class_index, new_index])
-    return new_index.tensor
+    return new_index
 
 
-def merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
-    """Weighted average of the tokens that share a place: `(B, T, D)` to `(B, num_kept, D)`."""
-    batch_size, num_tokens, width = values.shape
-    rows_ = values.detach().float().contiguous().flatten(0, 1)
-    merged = buffer("merged", batch_size * num_kept, width, fill=0)
-    operands = [
-        Operand("values", rows_, batch_size * num_tokens, width),
-        *_places(new_index, num_kept, weights, batch_size, num_tokens),
-        merged,
-    ]
-    launch(_merge, batch_size, (num_tokens, num_kept, width), operands)
-    return merged.tensor.view(batch_size, num_kept, width).to(values.dtype)
+def match_and_merge(
+    products: Tensor,
+    norms: Tensor,
+    class_index: int | Tensor,
+    r: int,
+    similarity: str,
+    order: str,
+    values: list[Tensor],
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two tensors merged as `merge` does along the places of `match`, and these places."""
+    batch_size, num_tokens = norms.shape
+    if isinstance(class_index, int) and 0 <= class_index < num_tokens:
+        class_operand = buffer("class_index", batch_size, 1, torch.int64, fill=class_index)
+    else:
+        class_index = torch.as_tensor(class_index, device="cpu").expand(batch_size, 1)
+        indices = _indices("class_index", class_index, num_tokens)
+        class_operand = Operand("class_index", indices, batch_size, 1, _INDEX)
+    new_index = _match_operand(products, norms, class_operand, r, similarity, order)
+    # The kernel made these places, so they need no check
+    first, second = _merge_along(values, new_index, num_tokens - r, weights)
+    return first, second, new_index.tensor
 
 
-def merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
-    """Gradient of the values of `merge`."""
-    batch_size, num_kept, width = dmerged.shape
+def merge(values: list[Tensor], new_index: Tensor, num_kept: int, weights: Tensor | None) -> list[Tensor]:
+    """Weighted averages of the tokens that share a place: one or two of `(B, T, D)` to `(B, num_kept, D)`."""
+    places = Operand("new_index", _indices("new_index", new_index, num_kept), *values[0].shape[:2], _INDEX)
+    return _merge_along(values, places, num_kept, weights)
+
+
+def _merge_along(values: list[Tensor], new_index: Operand, num_kept: int, weights: Tensor | None) -> list[Tensor]:
+    batch_size, num_tokens, width = values[0].shape
+    operands = [new_index, _weights(weights, batch_size, num_tokens)]
+    for tokens in values:
+        rows_ = tokens.detach().float().contiguous().flatten(0, 1)
+        operands.append(Operand("values", rows_, batch_size * num_tokens, width))
+        operands.append(buffer("merged", batch_size * num_kept, width, fill=0))
+    launch(_merge, batch_size, (num_tokens, num_kept, width, len(values)), operands)
+    return _tokens(operands, batch_size, values)
+
+
+def merge_backward(dmerged: list[Tensor], new_index: Tensor, weights: Tensor | None) -> list[Tensor]:
+    """Gradients of the values of `merge`."""
+    batch_size, num_kept, width = dmerged[0].shape
     num_tokens = new_index.shape[1]
-    rows_ = dmerged.float().contiguous().flatten(0, 1)
-    dvalues = buffer("dvalues", batch_size * num_tokens, width)
-    operands = [
-        Operand("dmerged", rows_, batch_size * num_kept, width),
-        *_places(new_index, num_kept, weights, batch_size, num_tokens),
-        dvalues,
-    ]
-    launch(_merge_backward, batch_size, (num_tokens, num_kept, width), operands)
-    return dvalues.tensor.view(batch_size, num_tokens, width).to(dmerged.dtype)
+    places = Operand("new_index", _indices("new_index", new_index, num_kept), batch_size, num_tokens, _INDEX)
+    operands = [places, _weights(weights, batch_size, num_tokens)]
+    for gradient in dmerged:
+        rows_ = gradient.float().contiguous().flatten(0, 1)
+        operands.append(Operand("dmerged", rows_, batch_size * num_kept, width))
+        operands.append(buffer("dvalues", batch_size * num_tokens, width))
+    launch(_merge_backward, batch_size, (num_tokens, num_kept, width, len(dmerged)), operands)
+    return _tokens(operands, batch_size, dmerged)
 
 
-def _places(new_index: Tensor, num_kept: int, weights: Tensor | None, *shape: int) -> list[Operand]:
-    """What both kernels of a merge know of the tokens: where each goes, and its weight."""
+def _tokens(operands: list[Operand], batch_size: int, inputs: list[Tensor]) -> list[Tensor]:
+    """The results among the operands of a merge, as tokens in the dtypes of what they were made from."""
+    results = [result.tensor for result in operands[3::2]]
+    return [rows_.view(batch_size, -1, rows_.shape[1]).to(tensor.dtype) for rows_, tensor in zip(results, inputs)]
+
+
+def _weights(weights: Tensor | None, batch_size: int, num_tokens: int) -> Operand:
     weights = None if weights is None else weights.float().contiguous()
-    return [
-        Operand("new_index", _indices("new_index", new_index, num_kept), *shape, _INDEX),
-        Operand("weights", weights, *shape),
-    ]
+    return Operand("weights", weights, batch_size, num_tokens)
 
 
 def _indices(name: str, indices: Tensor, size: int) -> Tensor:
     """Contiguous indices, all of which a kernel can follow without leaving its memory."""
     if indices.numel() and indices.device.type != "meta":
         smallest, largest = indices.aminmax()
+        smallest, largest = smallest.item(), largest.item()  # tensors take longer to compare
         if smallest < 0 or largest >= size:
             raise ValueError(f"{name} from {smallest} to {largest}: expected 0 to {size - 1}")
     return indices.contiguous()

@@ -28,7 +28,7 @@ from .bidirectional_scan import bidirectional_scan
 from .configuration_fambav import FambaVConfig
 from .embeddings import FambaVConvolutionalStem, FambaVEmbeddings, FambaVPatchEmbeddings
 from .rms_norm import rms_norm
-from .token_fusion import match_tokens, unmerge
+from .token_fusion import fuse, unmerge
 
 # Parameters of more than one dimension that are still not decayed
 _NO_DECAY = ("A_log", "cls_token", "position_embeddings")
@@ -115,6 +115,11 @@ class FambaVScanDirection(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(channels, state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(channels, dtype=torch.float32))
 
+    def scan_parameters(self) -> tuple[Tensor, ...]:
+        """Weight and bias of the convolution, x_proj, dt_proj and its bias, A_log and D."""
+        conv1d, dt_proj = self.conv1d, self.dt_proj
+        return conv1d.weight, conv1d.bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D
+
 
 class FambaVMixer(nn.Module):
     """Bidirectional Mamba: (B, T, D) -> (B, T, D). The mean of a forward and a backward scan, gated."""
@@ -128,18 +133,11 @@ class FambaVMixer(nn.Module):
 
     def forward(self, hidden_states: Tensor, dt_scale: Tensor | None = None) -> Tensor:
         """`dt_scale` of shape `(B, T)` multiplies the time step of each token."""
-        directions = self.forward_scan, self.backward_scan
-        y = bidirectional_scan(
-            self.in_proj(hidden_states),
-            torch.stack([direction.conv1d.weight for direction in directions]).squeeze(2),
-            torch.stack([direction.conv1d.bias for direction in directions]),
-            torch.stack([direction.x_proj.weight for direction in directions]),
-            torch.stack([direction.dt_proj.weight for direction in directions]),
-            torch.stack([direction.dt_proj.bias for direction in directions]),
-            -torch.exp(torch.stack([direction.A_log for direction in directions]).float()),
-            torch.stack([direction.D for direction in directions]),
-            dt_scale,
-        )
+        directions = zip(self.forward_scan.scan_parameters(), self.backward_scan.scan_parameters())
+        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = (torch.stack(pair) for pair in directions)
+        A = -torch.exp(A_log.float())
+        xz = self.in_proj(hidden_states)
+        y = bidirectional_scan(xz, conv_weight.squeeze(2), conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_scale)
         return self.out_proj(y)
 
 
@@ -180,20 +178,21 @@ def fuse_tokens(
     Returns:
         both tensors as `(B, T - r, D)`, and the state of the T - r tokens.
     """
-    matching = match_tokens(normed, r, token_state.class_index, config.fusion_metric, config.fusion_order)
     weights = token_state.sizes if config.fusion_reduction == "size_weighted" else None
+    metric, order = config.fusion_metric, config.fusion_order
+    normed, residual, matching = fuse(normed, residual, r, token_state.class_index, metric, order, weights)
     if isinstance(token_state.class_index, Tensor):
         class_index = matching.new_index.gather(1, token_state.class_index)
     elif token_state.class_index == 0:
         class_index = 0  # nothing can come before it
     else:
         class_index = matching.new_index[:, token_state.class_index, None]
-    fused = TokenState(
+    state = TokenState(
         class_index=class_index,
         sizes=None if token_state.sizes is None else matching.sum(token_state.sizes),
         token_map=None if token_state.token_map is None else matching.compose(token_state.token_map),
     )
-    return matching.merge(normed, weights), matching.merge(residual, weights), fused
+    return normed, residual, state
 
 
 def _fill(value: float, *tensors: Tensor | None) -> None:

@@ -39,8 +39,11 @@ def row_dtype(tensor: Tensor) -> torch.dtype:
 
 def as_float_rows(tensor: Tensor) -> Tensor:
     """In `row_dtype`, everything but the last dimension as rows; a view wherever the strides allow it."""
-    tensor = tensor.detach().to(row_dtype(tensor))
-    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
+    dtype = row_dtype(tensor)
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def as_float32_rows(tensor: Tensor) -> Tensor:

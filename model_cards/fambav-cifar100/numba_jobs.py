@@ -180,7 +180,7 @@ def _address(kernel, operand: Operand) -> tuple[int, int, int]:
     row_stride, column_stride = tensor.stride()
     if num_columns > 1 and column_stride != 1:
         raise ValueError(f"{name} of the kernel {kernel.__name__} has strides {tensor.stride()}: expected (any, 1)")
-    item_bytes = tensor.element_size()
+    item_bytes = tensor.itemsize
     return tensor.data_ptr(), row_stride * item_bytes, item_bytes
 
 

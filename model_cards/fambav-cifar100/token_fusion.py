@@ -70,6 +70,28 @@ class Matching(NamedTuple):
         return self.new_index.gather(1, token_map)
 
 
+def fuse(
+    metric: Tensor,
+    stream: Tensor,
+    r: int,
+    class_index: int | Tensor = 0,
+    similarity: str = "cosine",
+    order: str = "raster",
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Matching]:
+    """`match_tokens` of a metric, and `Matching.merge` of it and of another tensor `(B, T, D)`.
+
+    On a CPU this is one operator: for few tokens, operators take longer to start than to run.
+    """
+    if metric.shape[1] <= 3 or not uses_cpu_kernels(metric):
+        matching = match_tokens(metric, r, class_index, similarity, order)
+        return matching.merge(metric, weights), matching.merge(stream, weights), matching
+    _check_matching(metric, r, similarity, order)
+    place, index = (0, class_index) if isinstance(class_index, Tensor) else (class_index, None)
+    merged, merged_stream, new_index = _fuse(metric, stream, r, place, index, similarity, order, weights)
+    return merged, merged_stream, Matching(new_index, metric.shape[1] - r)
+
+
 @torch.no_grad()
 def match_tokens(
     metric: Tensor, r: int, class_index: int | Tensor = 0, similarity: str = "cosine", order: str = "raster"
@@ -94,17 +116,8 @@ def match_tokens(
         ValueError: if r is out of range, or `similarity` or `order` unknown.
     """
     batch_size, num_tokens = metric.shape[:2]
-    if not 0 <= r <= (num_tokens - 1) // 2:
-        raise ValueError(f"r={r}: expected 0 <= r <= {(num_tokens - 1) // 2} for {num_tokens} tokens")
-    if similarity not in ("cosine", "dot", "euclidean"):
-        raise ValueError(f"similarity={similarity!r}: expected 'cosine', 'dot' or 'euclidean'")
-    if order not in ("raster", "appended"):
-        raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
-
-    metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
-    with maybe_autocast(metric.device.type, enabled=False):
-        products = metric[:, ::2] @ metric[:, 1::2].mT
-    norms = torch.linalg.vector_norm(metric, dim=-1)
+    _check_matching(metric, r, similarity, order)
+    products, norms = _products_and_norms(metric)
     if num_tokens > 3 and uses_cpu_kernels(metric):
         if isinstance(class_index, int):
             class_index = torch.full((batch_size, 1), class_index, dtype=torch.int64, device=metric.device)
@@ -120,6 +133,24 @@ def match_tokens(
         place = _places(fused, is_class, order)
         new_index = place.scatter(1, fused, place.gather(1, partner))
     return Matching(new_index, num_tokens - r)
+
+
+def _check_matching(metric: Tensor, r: int, similarity: str, order: str) -> None:
+    num_tokens = metric.shape[1]
+    if not 0 <= r <= (num_tokens - 1) // 2:
+        raise ValueError(f"r={r}: expected 0 <= r <= {(num_tokens - 1) // 2} for {num_tokens} tokens")
+    if similarity not in ("cosine", "dot", "euclidean"):
+        raise ValueError(f"similarity={similarity!r}: expected 'cosine', 'dot' or 'euclidean'")
+    if order not in ("raster", "appended"):
+        raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
+
+
+def _products_and_norms(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Dot products of even and odd tokens (B, T_even, T_odd), and lengths of all (B, T)."""
+    metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
+    with maybe_autocast(metric.device.type, enabled=False):
+        products = metric[:, ::2] @ metric[:, 1::2].mT
+    return products, torch.linalg.vector_norm(metric, dim=-1)
 
 
 def _scores(products: Tensor, norms: Tensor, similarity: str) -> Tensor:
@@ -173,15 +204,16 @@ class FusionKernels(NamedTuple):
     """See token_fusion_numba.py."""
 
     match: Callable
+    match_and_merge: Callable
     merge: Callable
     merge_backward: Callable
 
 
 @provides("numba")
 def _kernels() -> FusionKernels:
-    from .token_fusion_numba import match, merge, merge_backward
+    from .token_fusion_numba import match, match_and_merge, merge, merge_backward
 
-    return FusionKernels(match, merge, merge_backward)
+    return FusionKernels(match, match_and_merge, merge, merge_backward)
 
 
 # ---- kernels as torch operators ----
@@ -201,7 +233,7 @@ _match = define("match_tokens", _compute_match, _match_shapes)
 
 
 def _compute_merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
-    return _kernels().merge(values, new_index, num_kept, weights)
+    return _kernels().merge([values], new_index, num_kept, weights)[0]
 
 
 def _merge_shapes(values, new_index, num_kept, weights):
@@ -209,7 +241,7 @@ def _merge_shapes(values, new_index, num_kept, weights):
 
 
 def _compute_merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
-    return _kernels().merge_backward(dmerged, new_index, weights)
+    return _kernels().merge_backward([dmerged], new_index, weights)[0]
 
 
 def _merge_backward_shapes(dmerged, new_index, weights):
@@ -229,3 +261,52 @@ def _backward_of_merge(ctx, dmerged):
 
 
 _merge = define("merge", _compute_merge, _merge_shapes, _save_matching, _backward_of_merge)
+
+
+def _compute_fuse(
+    metric: Tensor,
+    stream: Tensor,
+    r: int,
+    class_place: int,
+    class_index: Tensor | None,
+    similarity: str,
+    order: str,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both merged, and where every token went. `class_place` is the index of the class token unless each image has
+    its own."""
+    products, norms = _products_and_norms(metric)
+    class_token = class_place if class_index is None else class_index
+    return _kernels().match_and_merge(products, norms, class_token, r, similarity, order, [metric, stream], weights)
+
+
+def _fuse_shapes(metric, stream, r, class_place, class_index, similarity, order, weights):
+    batch_size, num_tokens, _ = metric.shape
+    merged = (tensor.new_empty(batch_size, num_tokens - r, tensor.shape[2]) for tensor in (metric, stream))
+    return *merged, metric.new_empty(batch_size, num_tokens, dtype=torch.int64)
+
+
+def _compute_fuse_backward(
+    dmerged: Tensor, dmerged_stream: Tensor, new_index: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dmetric, dstream = _kernels().merge_backward([dmerged, dmerged_stream], new_index, weights)
+    return dmetric, dstream
+
+
+def _fuse_backward_shapes(dmerged, dmerged_stream, new_index, weights):
+    return tuple(_merge_backward_shapes(gradient, new_index, weights) for gradient in (dmerged, dmerged_stream))
+
+
+_fuse_backward = define("fuse_backward", _compute_fuse_backward, _fuse_backward_shapes)
+
+
+def _save_fused(ctx, inputs, output):
+    ctx.save_for_backward(output[2], inputs[7])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward_of_fuse(ctx, dmerged, dmerged_stream, _):
+    return *_fuse_backward(dmerged, dmerged_stream, *ctx.saved_tensors), *[None] * 6
+
+
+_fuse = define("fuse", _compute_fuse, _fuse_shapes, _save_fused, _backward_of_fuse)

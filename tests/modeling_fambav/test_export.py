@@ -57,4 +57,4 @@ def test_export_is_the_first_thing_a_process_does():
     process = run_python("-c", EXPORT_FIRST)
     assert process.returncode == 0, process.stderr
     assert "Famba-V computes with plain torch operations" not in process.stderr
-    assert process.stdout.strip() == "['bidirectional_scan', 'match_tokens', 'merge', 'rms_norm']"
+    assert process.stdout.strip() == "['bidirectional_scan', 'fuse', 'rms_norm']"

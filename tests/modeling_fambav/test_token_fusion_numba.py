@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from modeling_fambav import backends, match_tokens, set_selective_scan_backend
-from modeling_fambav.token_fusion import _match, _merge
+from modeling_fambav import backends, match_tokens, set_selective_scan_backend, token_fusion
+from modeling_fambav.token_fusion import _fuse, _match, _merge
 from support.helpers import random_tensor
 
 
@@ -36,6 +36,25 @@ def test_kernels_equal_torch_operations(num_tokens, similarity, order):
             arguments = (metric, r, class_index, similarity, order, weights)
             for actual, expected in zip(fuse("numba", *arguments), fuse("torch", *arguments)):
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("class_index", [0, 8, torch.tensor([[3], [4]])])
+def test_both_are_merged_as_each_alone(used, dtype, class_index):
+    first, second = (random_tensor(2, 17, 35, seed=seed).to(dtype).requires_grad_() for seed in (0, 1))
+    second = second.detach().float().requires_grad_()  # the residual stream may be wider
+    weights = random_tensor(2, 17, seed=2).abs() + 0.5
+    *both, matching = token_fusion.fuse(first, second, 5, class_index, "dot", "appended", weights)
+    assert torch.equal(matching.new_index, match_tokens(first, 5, class_index, "dot", "appended").new_index)
+    alone = matching.merge(first, weights), matching.merge(second, weights)
+    assert [merged.dtype for merged in both] == [dtype, torch.float32]
+    assert all(torch.equal(one, other) for one, other in zip(both, alone))
+    gradients = []
+    for results in (both, alone):
+        loss = sum((results[i].float() * random_tensor(2, 12, 35, seed=3 + i)).sum() for i in used)
+        gradients.append(torch.autograd.grad(loss, (first, second), materialize_grads=True))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
 def test_class_tokens_at_different_places():
@@ -104,6 +123,8 @@ def test_opcheck():
     new_index = match_tokens(random_tensor(2, 9, 16, seed=0), 3).new_index
     values = random_tensor(2, 9, 16, seed=1).requires_grad_()
     torch.library.opcheck(_merge, (values, new_index, 6, None))
+    stream = random_tensor(2, 9, 16, seed=2).requires_grad_()
+    torch.library.opcheck(_fuse, (values, stream, 3, 4, None, "cosine", "raster", None))
     products, norms = random_tensor(2, 5, 4, seed=2), random_tensor(2, 9, seed=3).abs()
     class_index = torch.zeros(2, 1, dtype=torch.int64)
     torch.library.opcheck(_match, (products, norms, class_index, 3, "dot", "raster"))

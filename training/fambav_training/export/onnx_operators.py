@@ -18,7 +18,7 @@ from onnxscript.values import Opset
 from modeling_fambav.bidirectional_scan import _scan as bidirectional_scan_operator
 from modeling_fambav.rms_norm import _rms_norm as rms_norm_operator
 from modeling_fambav.token_fusion import _SMALLEST_NORM
-from modeling_fambav.token_fusion import _match as match_operator
+from modeling_fambav.token_fusion import _fuse as fuse_operator
 from modeling_fambav.token_fusion import _merge as merge_operator
 
 _END = np.iinfo(np.int64).max
@@ -28,8 +28,8 @@ def translations() -> dict[torch._ops.OpOverload, Callable]:
     """By operator, for `custom_translation_table`."""
     return {
         rms_norm_operator: rms_norm,
-        match_operator: match_tokens,
         merge_operator: merge,
+        fuse_operator: fuse,
         bidirectional_scan_operator: bidirectional_scan,
     }
 
@@ -54,9 +54,8 @@ def rms_norm(x: FLOAT, weight: FLOAT, eps: float) -> tuple[FLOAT, FLOAT]:
 # ---- fusion ----
 
 
-def match_tokens(products: FLOAT, norms: FLOAT, class_index: INT64, r: int, similarity: str, order: str) -> INT64:
+def _matched(products, norms, class_index, r: int, similarity: str, order: str, num_tokens: int):
     """Place of every token among the survivors, (B, T); the steps are those of `match_tokens` in token_fusion.py."""
-    num_tokens = norms.shape[1]
     is_class = op.Equal(op.Constant(value_ints=list(range(num_tokens))), class_index)  # (B, T)
     even_class = op.Unsqueeze(_slice(is_class, 0, _END, 1, 2), _ints(2))
     odd_class = op.Unsqueeze(_slice(is_class, 1, _END, 1, 2), _ints(1))
@@ -105,7 +104,10 @@ def _places(survives, is_class, order: str, num_tokens: int):
 
 def merge(values: FLOAT, new_index: INT64, num_kept: int, weights: FLOAT | None = None) -> FLOAT:
     """Average all tokens that land on the same place: (B, T, D) to (B, T - r, D)."""
-    channels = values.shape[2]
+    return _merged(values, new_index, num_kept, weights, values.shape[2])
+
+
+def _merged(values, new_index, num_kept: int, weights, channels: int):
     batch_size = op.Shape(new_index, start=0, end=1)
     if weights is None:
         weights = op.Expand(op.Constant(value_floats=[1.0]), op.Shape(new_index))
@@ -120,6 +122,28 @@ def merge(values: FLOAT, new_index: INT64, num_kept: int, weights: FLOAT | None 
     rows = op.Reshape(op.Add(new_index, op.Unsqueeze(first_rows, _ints(1))), _ints(-1, 1))
     sums = op.Expand(op.Constant(value_floats=[0.0]), op.Concat(num_rows, _ints(channels), axis=0))
     return op.Reshape(op.ScatterND(sums, rows, shared, reduction="add"), _ints(-1, num_kept, channels))
+
+
+def fuse(
+    metric: FLOAT,
+    stream: FLOAT,
+    r: int,
+    class_place: int,
+    class_index: INT64 | None,
+    similarity: str,
+    order: str,
+    weights: FLOAT | None = None,
+) -> tuple[FLOAT, FLOAT, INT64]:
+    """Match by the metric, and merge it and the stream."""
+    even, odd = _slice(metric, 0, _END, 1, 2), _slice(metric, 1, _END, 1, 2)
+    products = op.MatMul(even, op.Transpose(odd, perm=[0, 2, 1]))
+    norms = op.ReduceL2(metric, _ints(2), keepdims=0)
+    if class_index is None:
+        class_index = op.Expand(_ints(class_place), op.Concat(op.Shape(metric, start=0, end=1), _ints(1), axis=0))
+    new_index = _matched(products, norms, class_index, r, similarity, order, metric.shape[1])
+    num_kept, channels = metric.shape[1] - r, metric.shape[2]
+    merged, merged_stream = (_merged(values, new_index, num_kept, weights, channels) for values in (metric, stream))
+    return merged, merged_stream, new_index
 
 
 # ---- mixer ----
