@@ -98,8 +98,17 @@ def test_damaged_files(suffix, damage):
     check(STATE, suffix, damage)
 
 
+@pytest.mark.parametrize("operation", [0x81, 0x52, 0x75, 0x65, 0x86, 0x62], ids=hex)
+def test_pickle_that_takes_from_an_empty_stack(operation):
+    def damage(content: bytes) -> bytes:
+        start = content.index(b"\x80\x02") + 2  # the first operation after the one that states the protocol
+        return content[:start] + bytes([operation]) + content[start + 1 :]
+
+    check(STATE, ".pth", damage)
+
+
 @pytest.mark.slow
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=2_000, deadline=None, derandomize=True)
 @given(states(), st.sampled_from(FORMATS), damages())
 def test_two_thousand_random_files(state, suffix, damage):
     check(state, suffix, damage)

@@ -70,7 +70,7 @@ def test_random_files(content):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000, deadline=None, derandomize=True)
 @given(files())
 def test_ten_thousand_random_files(content):
     check(content)

@@ -13,7 +13,6 @@ values.
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -129,8 +128,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     for file in sorted(file for file in path.iterdir() if file.suffix in (".bin", ".pkl", ".pt")):
         try:
             load(file, map_location="cpu", weights_only=True)  # accelerate does not ask for it in custom_checkpoint_*
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged bytes make the unpickler fail in any way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"checkpoint {path}: {file.name} is damaged or holds more than tensors and plain values ({reason})"
             ) from error
