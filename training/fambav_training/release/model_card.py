@@ -1,4 +1,4 @@
-"""Model cards, written from what a run measured and nothing else."""
+"""Model cards, written from what a run measured and nothing else; `saving.save_release` puts them into folders."""
 
 import shlex
 from pathlib import Path

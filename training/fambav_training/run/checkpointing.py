@@ -1,9 +1,11 @@
 """Checkpoints of a training run: folders that exist whole or not at all, and are looked at before they are loaded.
 
     OUTPUT_DIR/checkpoints/step_000100/
-        model.safetensors, optimizer.bin, ...  what accelerate saves of all that was prepared or registered
-        trainer_state.json                     position in the run, the flags it was made with, a digest of every
-                                               file and of itself
+        model.safetensors, optimizer.bin          weights, and the optimizer's state
+        custom_checkpoint_0.pkl, _1.pkl           average of the weights, learning-rate schedule
+        random_states_0.pkl, ...                  of every process
+        trainer_state.json                        position in the run, the flags it was made with, a digest of every
+                                                  file and of itself
 
 A checkpoint is written beside its place and moved there last. Whatever happens before leaves the previous ones as they
 were. One that was changed later, be it by a bit, is never loaded. Nothing in it is unpickled but tensors and plain
