@@ -1,4 +1,4 @@
-"""Run a table of the paper, and write what comes out beside what the paper reports; or our ablation of fusion.
+"""Run a table of the paper, and write what comes out beside what the paper reports; or one of our own.
 
     python training/reproduce.py --table 1 --scale nano --dataset_name path/to/cifar100
 
@@ -11,9 +11,11 @@ when the same command is given again; runs that are finished are only read. All 
         table.json, table.md, table.png
 
 Scales: `paper` (224 px, 24 layers, 300 epochs), `native32` (the same model on 32 px), `nano` (a small model on 32 px,
-for a laptop) and `quick` (seconds; says nothing about accuracy). At all of them a strategy removes the same share of
-the tokens as in the paper. `--table ablation` varies how tokens are fused, which the paper leaves open. Rows that are
-finished in Table 1, such as the one without fusion, are not trained again for another table.
+for a laptop), `distilled` (the model of model_cards/fambav-cifar100, from the stored predictions of a teacher in
+outputs/teacher_views) and `quick` (seconds; says nothing about accuracy). At all of them a strategy removes the same
+share of the tokens as in the paper. `--table ablation` varies how tokens are fused, which the paper leaves open, and
+`--table order` where a fused token stands. Rows that are finished in Table 1, such as the one without fusion, are not
+trained again for another table.
 """
 
 import argparse
@@ -39,8 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of all runs")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="folder of all tables")
     args = parser.parse_args(argv)
-    if args.backbone == "s" and args.table not in ("1", "ablation"):
-        parser.error("--backbone s: only table 1 and the ablation have Vim-S")
+    if args.backbone == "s" and args.table in ("2", "3"):
+        parser.error("--backbone s: tables 2 and 3 have no Vim-S")
     for name in ("seeds", "epochs"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -61,7 +63,7 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 def table_folder(args: argparse.Namespace, table: str) -> Path:
     """Folder of a table for the model and scale of this call."""
-    name = table if table == "ablation" else f"table{table}"
+    name = f"table{table}" if table.isdigit() else table
     return args.output_dir / f"{name}_{args.scale}{'_s' if args.backbone == 's' else ''}"
 
 
@@ -82,8 +84,7 @@ def choose_runs(cells: list[Cell], runs: dict[str, list[Run]], names: list[str] 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    title = "Ablation" if args.table == "ablation" else f"Table {args.table}"
-    title += f", Vim-{args.backbone.capitalize()}, scale {args.scale}"
+    title = f"{TABLES[args.table]}, Vim-{args.backbone.capitalize()}, scale {args.scale}"
     folder, flags = table_folder(args, args.table), shared_flags(args)
     cells = table_cells(args.table, flags, args.backbone)
     runs = table_runs(cells, range(args.seeds), flags, folder, table_folder(args, "1"))

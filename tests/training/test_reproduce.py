@@ -138,7 +138,8 @@ def test_the_papers_rows_that_are_the_same_run_have_the_same_numbers():
 
 @pytest.mark.parametrize("scale", paper_tables.SCALES)
 @pytest.mark.parametrize(
-    ("table", "backbone"), [("1", "ti"), ("1", "s"), ("2", "ti"), ("3", "ti"), ("ablation", "ti"), ("ablation", "s")]
+    ("table", "backbone"),
+    [("1", "ti"), ("1", "s"), ("2", "ti"), ("3", "ti"), ("ablation", "ti"), ("ablation", "s"), ("order", "ti")],
 )
 def test_every_cell_is_a_command_that_train_py_reads(scale, table, backbone):
     words = ["--table", table, "--scale", scale, "--backbone", backbone]
@@ -261,8 +262,7 @@ def test_report_has_the_numbers_of_the_runs_beside_those_of_the_paper(failing, t
         "training time": "70.0 s",
         "processor time": "0:01:45",
         "time, paper": "4:08:40",
-        "peak memory, MiB": "800",
-        "of it for training": "500",
+        "training memory, MiB": "500",
         "memory, paper": "5996",
     }
     text = (folder / "table.md").read_text()
@@ -276,8 +276,8 @@ def test_savings_stand_beside_the_limit_that_the_tokens_set(failing, tmp_path):
     saved = cells["upper"]["saved"]
     lengths = {name: cells[name]["sequence_lengths"] for name in ("none", "upper")}
     assert saved["tokens"] == pytest.approx(1 - sum(lengths["upper"]) / sum(lengths["none"]))
-    assert saved["time"] == pytest.approx(0.3) and saved["memory"] == pytest.approx(0.2)
-    assert rows["upper"]["time"] == "30.0%" and rows["upper"]["memory"] == "20.0%"
+    assert saved["time"] == pytest.approx(0.3) and saved["memory"] == pytest.approx(2 / 7)  # 500 of 700 MiB
+    assert rows["upper"]["time"] == "30.0%" and rows["upper"]["memory"] == "28.6%"
     assert rows["upper"]["time, paper"] == "8.9%"  # 4:08:40 of 4:33:02
     assert rows["upper"]["memory, paper"] == "27.8%"  # 5996 of 8302
     assert rows["no fusion"]["time"] == rows["no fusion"]["limit"] == "0.0%"
@@ -324,6 +324,18 @@ def test_ablation_varies_fusion_and_has_no_columns_of_the_paper(failing, tmp_pat
     assert markdown_rows(folder, "limit")["appended order, as published"].keys() == {"cell", "time", "limit", "memory"}
 
 
+def test_order_has_both_orders_of_rows_of_table_1():
+    flags = paper_tables.SCALES["distilled"]
+    cells = {cell.name: cell for cell in table_cells("order", flags, "ti")}
+    in_table_1 = {cell.name: cell.fusion for cell in table_cells("1", flags, "ti")}
+    assert list(cells) == ["none", "all", "all_appended", "lower", "lower_appended", "upper", "upper_appended"]
+    for name in ("none", "all", "lower", "upper"):
+        assert cells[name].fusion == in_table_1[name] and cells[name].in_table_1 == name
+    for name in ("all", "lower", "upper"):
+        appended = cells[f"{name}_appended"]
+        assert appended.fusion == {**in_table_1[name], "fusion_order": "appended"} and appended.in_table_1 is None
+
+
 def test_mean_and_deviation_over_seeds(failing, tmp_path):
     folder = reproduce_quick(tmp_path, "--seeds", "3", "--cells", "upper")
     upper = read_cells(folder)["upper"]
@@ -344,7 +356,7 @@ def test_missing_cells_are_not_numbers(failing, tmp_path):
     # Nothing is saved of what was not measured.
     assert cells["upper"]["saved"]["time"] is None and cells["upper"]["saved"]["memory"] is None
     rows = markdown_rows(folder, "seeds")
-    ours = ("top-1, %", "top-5, %", "top-1 of averaged weights, %", "training time", "peak memory, MiB")
+    ours = ("top-1, %", "top-5, %", "top-1 of averaged weights, %", "training time", "training memory, MiB")
     assert {rows["no fusion"][name] for name in (*ours, "of it for training")} == {"not run"}
     assert rows["no fusion"]["seeds"] == "0 of 1" and rows["no fusion"]["top-1, paper"] == "70.1"
     assert rows["upper"]["top-1, %"] == "49.00"
@@ -470,7 +482,7 @@ def test_wrong_arguments_are_refused(failing, tmp_path, capsys, words, message):
 def test_tables_2_and_3_have_no_vim_s(capsys):
     with pytest.raises(SystemExit):
         reproduce.parse(["--table", "2", "--backbone", "s"])
-    assert "only table 1 and the ablation have Vim-S" in capsys.readouterr().err
+    assert "tables 2 and 3 have no Vim-S" in capsys.readouterr().err
 
 
 def test_stopping_the_table_stops_the_run(tmp_path, monkeypatch, default_signals):

@@ -23,7 +23,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None
     if not results:
         return None
     values = {name: [result[name] for result in results] for name in REPORTED}
-    # On a CPU the peak includes the interpreter and its libraries.
+    # Above what was in use before the first step: on a CPU the peak includes the interpreter and the images.
     started = values.pop("start_memory_bytes")
     values["training_memory_bytes"] = [peak - start for peak, start in zip(values["peak_memory_bytes"], started)]
     return {
@@ -99,7 +99,7 @@ def _savings(record: dict[str, Any], none: dict[str, Any], time_measure: str) ->
             savings[name] = saved(record["paper"][measure], none["paper"][measure])
     ours, reference = record["measured"], none["measured"]
     if ours is not None and reference is not None:
-        for name, measure in (("time", time_measure), ("memory", "peak_memory_bytes")):
+        for name, measure in (("time", time_measure), ("memory", "training_memory_bytes")):
             savings[name] = saved(ours[measure]["mean"], reference[measure]["mean"])
     return savings
 
@@ -152,8 +152,7 @@ def _result_row(record: dict[str, Any]) -> dict[str, str]:
         "training time": _measured(record, "train_seconds", duration),
         "processor time": _measured(record, "processor_seconds", duration),
         "time, paper": paper and paper["training_time"],
-        "peak memory, MiB": _measured(record, "peak_memory_bytes", _mebibytes),
-        "of it for training": _measured(record, "training_memory_bytes", _mebibytes),
+        "training memory, MiB": _measured(record, "training_memory_bytes", _mebibytes),
         "memory, paper": paper and f"{paper['peak_memory']}",
     }
     return _without_missing(row)
@@ -215,26 +214,22 @@ def duration(seconds: float) -> str:
 
 
 def plot(title: str, report: dict[str, Any], path: Path) -> None:
-    """Accuracy against training time and against peak memory, a point per cell, bars over seeds."""
-    with plot_to(path, 11, 4.2, columns=2, sharey=True) as axes:
-        time_measure = report["time_measure"]
+    """Accuracy against training time, a point per cell, bars over seeds."""
+    time_measure = report["time_measure"]
+    with plot_to(path, 6, 4.2) as [axis]:
+        for record in report["cells"]:
+            if record["measured"] is None:
+                continue
+            seconds, accuracy = record["measured"][time_measure], record["measured"]["top1"]
+            bars = {}
+            if seconds["std"] is not None:
+                bars = {"xerr": seconds["std"], "yerr": accuracy["std"], "capsize": 2}
+            color = "tab:gray" if record["cell"] == "none" else "tab:orange"
+            point = seconds["mean"], accuracy["mean"]
+            axis.errorbar(*point, fmt="o", color=color, **bars)
+            axis.annotate(record["cell"], point, xytext=(5, 4), textcoords="offset points", fontsize=8)
         time_label = "processor time, s" if time_measure == "processor_seconds" else "training time, s"
-        quantities = {time_measure: (time_label, 1), "peak_memory_bytes": ("peak memory, MiB", 2**20)}
-        for axis, (name, (label, unit)) in zip(axes, quantities.items()):
-            for record in report["cells"]:
-                if record["measured"] is None:
-                    continue
-                cost, accuracy = record["measured"][name], record["measured"]["top1"]
-                bars = {}
-                if cost["std"] is not None:
-                    bars = {"xerr": cost["std"] / unit, "yerr": accuracy["std"], "capsize": 2}
-                color = "tab:gray" if record["cell"] == "none" else "tab:orange"
-                point = cost["mean"] / unit, accuracy["mean"]
-                axis.errorbar(*point, fmt="o", color=color, **bars)
-                axis.annotate(record["cell"], point, xytext=(5, 4), textcoords="offset points", fontsize=8)
-            axis.set(xlabel=label)
-        axes[0].set(ylabel="top-1, %")
-        axes[0].figure.suptitle(title)
+        axis.set(xlabel=time_label, ylabel="top-1, %", title=title)
 
 
 def write_report(title: str, report: dict[str, Any], folder: Path) -> None:
