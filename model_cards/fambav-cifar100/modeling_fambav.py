@@ -11,7 +11,7 @@ Glossary
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,8 @@ class FambaVScanDirection(nn.Module):
     def scan_parameters(self) -> tuple[Tensor, ...]:
         """Weight and bias of the convolution, x_proj, dt_proj and its bias, A_log and D."""
         conv1d, dt_proj = self.conv1d, self.dt_proj
-        return conv1d.weight, conv1d.bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D
+        bias = cast(Tensor, conv1d.bias)  # which a convolution need not have
+        return conv1d.weight, bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D
 
 
 class FambaVMixer(nn.Module):
