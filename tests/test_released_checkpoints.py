@@ -11,7 +11,7 @@ from modeling_fambav import FambaVConfig
 from support.child_process import REPOSITORY, run_python
 
 MODEL_CARDS = REPOSITORY / "model_cards"
-CHECKPOINTS = sorted(path.parent for path in MODEL_CARDS.glob("*/config.json"))
+CHECKPOINTS = sorted(path.parent for path in MODEL_CARDS.glob("*/model.safetensors"))
 # At most 3 MB, so that a clone of the repository stays small
 MAX_WEIGHT_BYTES = 3_000_000
 

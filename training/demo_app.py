@@ -3,7 +3,8 @@
     python training/demo_app.py outputs/demo/upper --examples outputs/demo/digit.png
 
 Prints the address of the page. It needs no network: nothing on it comes from elsewhere, and nothing is reported. Image
-files in the folder `examples` of a model's folder are offered to choose from; `--examples` offers others.
+files in the folder `examples` of a model's folder are offered to choose from, with the fusion that `examples.json`
+beside them names; `--examples` offers others.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from fambav_training.app.examples import make_examples
 from fambav_training.app.trial import FusionTrial
 from fambav_training.cli import one_line_errors
 from fambav_training.data.image_file import find_examples
@@ -42,7 +44,8 @@ def main() -> None:
         examples = find_examples(args.model, args.examples)
         trial = FusionTrial(*load_classifier(args.model, {}))
         trial.answer(Image.new("RGB", (1, 1)), trial.config.fusion_strategy, trial.most_tokens)  # compiles the kernels
-        launch(build_page(trial, Path(args.model).resolve().name, examples), args.host, args.port)
+        page = build_page(trial, Path(args.model).resolve().name, make_examples(trial, examples))
+        launch(page, args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from fambav_training.run.setup import (
     create_accelerator,
     create_model,
     create_teacher,
+    start_trackers,
 )
 from fambav_training.run.trainer import Trainer
 from fambav_training.teacher.views import TeacherViews
@@ -90,7 +91,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     if args.with_tracking:
-        accelerator.init_trackers("fambav", config={name: str(value) for name, value in recipe.items()})
+        start_trackers(accelerator, args, recipe)
     with Interruption() as interruption:
         trainer.train(interruption)
         trainer.round_weights(getattr(torch, args.release_dtype))

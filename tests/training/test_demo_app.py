@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import demo_app
 from fambav_training.app import trial as fusion_trial
+from fambav_training.app.examples import make_examples
 from fambav_training.app.trial import FusionTrial
-from fambav_training.data.image_file import find_examples
+from fambav_training.data.image_file import find_examples, read_image
 from fambav_training.evaluation.scoring import load_classifier
 from support.browser import requested_hosts
 from support.child_process import REPOSITORY
@@ -53,19 +56,35 @@ def trial(model_folder):
 
 def test_an_answer_on_the_page(fusion_page, trial, tmp_path):
     noise("RGBA", 33, 20).save(tmp_path / "photo.png")
-    classes, text, lengths, drawings = fusion_page.try_fusion(trial, {"path": str(tmp_path / "photo.png")}, "all", 3)
+    upload = {"path": str(tmp_path / "photo.png")}
+    classes, text, speed, lengths, drawings = fusion_page.try_fusion(trial, upload, "all", 3)
     assert sum(classes.values()) == pytest.approx(1) and len(classes) == 4
-    assert "**65% of the tokens** are left to scan, layer by layer 14 11 8 of 17." in text
-    assert "times as fast" in text
+    assert text == "**65% of the tokens** are left to scan, layer by layer 14 11 8 of 17."
+    assert speed == "With all fusion, r = 3: the time of a forward pass is being measured."
     assert lengths["layer"].tolist() == ["1", "2", "3"] and lengths["tokens"].tolist() == [14, 11, 8]
     titles = [title for _, title in drawings]
     assert titles[1:] == ["layer 1: 14 of 17 tokens", "layer 2: 11 of 17 tokens", "layer 3: 8 of 17 tokens"]
 
 
+def test_times_come_after_the_answer_and_are_then_known(fusion_page, trial, tmp_path):
+    noise().save(tmp_path / "a.png")
+    upload = {"path": str(tmp_path / "a.png")}
+    measured = fusion_page.time_fusion(trial, upload, "all", 3)
+    assert measured.startswith("With all fusion, r = 3: a forward pass of one image takes **")
+    assert measured.endswith("times as fast as without fusion.")
+    assert fusion_page.time_fusion(trial, upload, "all", 3) == measured
+    assert fusion_page.try_fusion(trial, upload, "all", 3)[2] == measured
+    assert "is being measured" in fusion_page.try_fusion(trial, upload, "all", 2)[2]
+    assert fusion_page.time_fusion(trial, None, "all", 3) == ""
+
+
 def test_without_fusion_there_is_one_time(fusion_page, trial, tmp_path):
     noise().save(tmp_path / "a.png")
-    _, text, lengths, drawings = fusion_page.try_fusion(trial, {"path": str(tmp_path / "a.png")}, "none", 3)
-    assert text.startswith("No layer fuses: all 3 scan 17 tokens.") and "times as fast" not in text
+    upload = {"path": str(tmp_path / "a.png")}
+    _, text, _, lengths, drawings = fusion_page.try_fusion(trial, upload, "none", 3)
+    assert text == "No layer fuses: all 3 scan 17 tokens."
+    speed = fusion_page.time_fusion(trial, upload, "none", 3)
+    assert speed.startswith("Without fusion: a forward pass") and "times as fast" not in speed
     assert lengths["tokens"].tolist() == [17, 17, 17] and len(drawings) == 1
 
 
@@ -77,7 +96,7 @@ def test_a_schedule_says_that_r_is_not_used(fusion_page, model_folder):
 
 
 def test_no_image_is_no_error(fusion_page, trial):
-    assert fusion_page.try_fusion(trial, None, "all", 3) == (None, fusion_page.NO_IMAGE, None, None)
+    assert fusion_page.try_fusion(trial, None, "all", 3) == (None, fusion_page.NO_IMAGE, "", None, None)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +127,106 @@ def test_a_strategy_without_a_layer_is_a_sentence(gradio, fusion_page, tmp_path)
     folder = save_classifier(tmp_path / "model", num_hidden_layers=1)
     trial = FusionTrial(*load_classifier(str(folder), {}))
     noise().save(tmp_path / "a.png")
-    with pytest.raises(gradio.Error, match="fuses no layer"):
-        fusion_page.try_fusion(trial, {"path": str(tmp_path / "a.png")}, "interleaved", 2)
+    for function in (fusion_page.try_fusion, fusion_page.time_fusion):
+        with pytest.raises(gradio.Error, match="fuses no layer"):
+            function(trial, {"path": str(tmp_path / "a.png")}, "interleaved", 2)
 
 
 def test_a_page_for_a_model_of_one_patch(fusion_page, tmp_path):
     folder = save_classifier(tmp_path, image_size=4, fusion_strategy="none")
     page = fusion_page.build_page(FusionTrial(*load_classifier(str(folder), {})), "one patch")
     assert not page.analytics_enabled
+
+
+RELEASED = REPOSITORY / "model_cards" / "fambav-cifar100"
+
+
+@pytest.fixture(scope="module")
+def released():
+    return FusionTrial(*load_classifier(str(RELEASED), {}))
+
+
+def test_the_released_model_answers_within_a_tenth_of_a_second(gradio, fusion_page, released):
+    """Of processor time, whichever control is used, with everything up to the files of the drawings.
+
+    It was 16 to 45 ms on one core; a measurement of speed within the answer, or similarities that nobody sees, would
+    take it over the bound.
+    """
+    with gradio.Blocks():
+        drawings = gradio.Gallery(format="png")
+    upload = {"path": str(RELEASED / "examples" / "wolf.png")}
+    fusion_page.try_fusion(released, upload, "upper", 9)  # compiles the kernels
+    for strategy in released.strategies:
+        for tokens in (1, 9, released.most_tokens):
+            seconds = []
+            for _ in range(3):
+                started = time.process_time()
+                drawings.postprocess(fusion_page.try_fusion(released, upload, strategy, tokens)[-1])
+                seconds.append(time.process_time() - started)
+            assert min(seconds) < 0.1, (strategy, tokens, seconds)
+
+
+def test_a_question_is_answered_while_a_speed_is_measured(fusion_page, released, monkeypatch):
+    monkeypatch.setattr(fusion_trial, "_TIMED_SECONDS", 3.0)
+    upload = {"path": str(RELEASED / "examples" / "wolf.png")}
+    with ThreadPoolExecutor(1) as thread:
+        measuring = thread.submit(released.speedup, "upper", 5)
+        answers = [fusion_page.try_fusion(released, upload, "upper", 9) for _ in range(3)]
+        assert not measuring.done()
+    assert measuring.result().rounds >= 5 and len(answers) == 3
+
+
+# ---- examples ----
+
+
+def test_examples_show_right_and_wrong_answers_with_strong_and_weak_fusion(released):
+    examples = make_examples(released, find_examples(str(RELEASED), None))
+    assert {example.path for example in examples} == {*(RELEASED / "examples").glob("*.png")}
+    for verdict in ("right", "wrong"):
+        shares = [
+            int(example.shows.split("; ")[1].split("%")[0])
+            for example in examples
+            if example.shows.startswith(verdict)
+        ]
+        assert min(shares) < 45 and len(shares) >= 2, verdict
+    assert any("91% of the tokens" in example.shows for example in examples)
+
+
+def test_an_example_says_what_the_model_answers_now(trial, model_folder, tmp_path):
+    noise().save(tmp_path / "a.png")
+    noise(seed=1).save(tmp_path / "b.png")
+    label = trial.answer(read_image(tmp_path / "a.png"), "all", 3).trace.label
+    other = next(name for name in trial.config.label2id if name != label)
+    entry = {"image": "a.png", "fusion_strategy": "all", "fusion_tokens": 3}
+    gone = {"image": "gone.png", "label": label, "fusion_strategy": "all", "fusion_tokens": 1}
+    settings = [{**entry, "label": label}, {**entry, "label": other}, gone]
+    (tmp_path / "examples.json").write_text(json.dumps(settings))
+    first, second, third = make_examples(trial, [tmp_path / "b.png", tmp_path / "a.png"])
+    assert first[:3] == second[:3] == (tmp_path / "a.png", "all", 3)
+    assert first.shows.startswith(f"right: {label}, ") and first.shows.endswith("; 65% of the tokens scanned")
+    assert second.shows.startswith(f"wrong, it is a {other}: {label}, ")
+    assert third[:3] == (tmp_path / "b.png", "upper", 2)
+    assert not third.shows.startswith(("right", "wrong"))
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ("{", r"examples\.json: expected JSON"),
+        ('[{"image": "a.png"}]', r'examples\.json: \{"image": "a\.png"\}: expected the fields'),
+        ("[1]", r"examples\.json: 1: expected the fields"),
+        (
+            '[{"image": "a.png", "label": "0", "fusion_strategy": "all", "fusion_tokens": 0}]',
+            r"example a\.png: .*fusion_tokens=0",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_examples_are_named(trial, tmp_path, settings, expected):
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "examples.json").write_text(settings)
+    with pytest.raises(ValueError, match=expected):
+        make_examples(trial, [tmp_path / "a.png"])
 
 
 # ---- the command line ----
@@ -232,8 +343,9 @@ def test_a_visit(page_url, browser, tmp_path):
 
     browser.get(page_url)
     wait_for("Drop an image on the left")
-    browser.find_element(By.CSS_SELECTOR, ".gallery button").click()
+    browser.find_element(By.CSS_SELECTOR, "table tbody tr").click()
     wait_for("layer 3: 13 of 17 tokens")
+    wait_for("With upper fusion, r = 2: a forward pass of one image takes")
     clear()
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "photo.png"))
     wait_for("layer by layer 17 15 13 of 17")

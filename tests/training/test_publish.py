@@ -20,6 +20,7 @@ import publish
 from fambav_training.release import hub as release_hub
 from fambav_training.release.hub import PublishError, prepare_repository, publish_folder
 from fambav_training.release.model_card import LOCATION
+from fambav_training.release.quantized import base_model_of, write_quantized_release
 from fambav_training.release.saving import save_release
 from modeling_fambav import FambaVForImageClassification
 from support.child_process import REPOSITORY, run_python
@@ -512,6 +513,24 @@ def test_card_on_the_hub_names_the_repository(repository, folder):
     publish_folder(folder, "ann/tiny")
     card = repository.main.files["README.md"].decode()
     assert 'model="ann/tiny"' in card and LOCATION not in card
+
+
+def test_quantised_model_is_published_with_its_base(repository, tmp_path):
+    model, report = FambaVForImageClassification(tiny_config()), {"model": "shapes", "method": "static", "rounds": 1}
+    row = {"name": "ONNX Runtime, int8 static", "top1": 60.0}
+    report |= {"dataset": "digits", "split": "train", "validation_images": 9, "calibration_images": 9}
+    (tmp_path / "model.onnx").write_bytes(b"model")
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    report |= {"precisions": [row], "device": "cpu"}
+    files = processor, tmp_path / "model.onnx", report, base_model_of(None, str(tmp_path)), ""
+    write_quantized_release(tmp_path / "int8", model.config, *files)
+    publish_folder(tmp_path / "int8", "ann/tiny")
+    [tag] = repository.tags
+    assert re.fullmatch("int8-[0-9a-f]{8}", tag)
+    assert repository.main.files["onnx/model_quantized.onnx"] == b"model"
+    card = repository.main.files["README.md"].decode()
+    assert f"base_model: ann/{tmp_path.name}\n" in card and "base_model_relation: quantized\n" in card
+    assert 'hf_hub_download("ann/tiny", "onnx/model_quantized.onnx")' in card and LOCATION not in card
 
 
 # ---- from training to the Hub in one command ----

@@ -48,15 +48,20 @@ def test_an_answer_is_that_of_the_model(trial, model_folder, strategy, tokens):
     assert sum(answer.probabilities.values()) == pytest.approx(1)
     patches = [len(np.unique(tokens)) for tokens in answer.trace.tokens]
     assert [count + 1 for count in patches] == answer.config.sequence_lengths
-    assert answer.speedup.seconds > 0 and answer.speedup.times > 0
+    assert answer.speedup is None
+    speedup = trial.speedup(strategy, tokens)
+    assert speedup.seconds > 0 and speedup.times > 0
+    assert trial.answer(image, strategy, tokens).speedup == speedup
 
 
 def test_an_answer_leaves_no_fusion_behind(model_folder):
     model, processor = load_classifier(str(model_folder), {})
     trial, before = FusionTrial(model, processor), model.config.to_dict()
     trial.answer(noise(), "all", 4)
-    with pytest.raises(StrictDataclassError, match="fusion_tokens=0"):
-        trial.answer(noise(), "all", 0)
+    trial.speedup("all", 4)
+    for ask in (lambda: trial.answer(noise(), "all", 0), lambda: trial.speedup("all", 0)):
+        with pytest.raises(StrictDataclassError, match="fusion_tokens=0"):
+            ask()
     assert model.config.to_dict() == before == trial.config.to_dict()
 
 

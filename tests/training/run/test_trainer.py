@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -16,7 +18,9 @@ import train
 from fambav_training.cli import parse_arguments
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.metrics import evaluate
+from fambav_training.release.model_card import create_card
 from fambav_training.run import loaders, setup, trainer
+from support.child_process import REPOSITORY, run_python
 from support.training_runs import (
     FLAGS,
     command_line,
@@ -214,6 +218,14 @@ def test_scores_are_logged_after_the_epochs_that_are_asked_for(tmp_path):
 
 # ---- trackers ----
 
+# Its file is compressed, and where it is, is read when trackio is imported
+_READ_TRACKIO = """
+import json
+from trackio.sqlite_storage import SQLiteStorage as storage
+runs = storage.get_runs("fambav")
+print(json.dumps({run: (storage.get_logs("fambav", run), storage.get_run_config("fambav", run)) for run in runs}))
+"""
+
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -236,12 +248,79 @@ def test_no_events_without_tracking(tmp_path):
     assert not list((tmp_path / "out").rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("name", ["no_such_tracker", "tensorbord"])
-def test_unknown_tracker_is_refused_before_training(tmp_path, monkeypatch, name):
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("trackio") is None, reason='trackio is not installed: pip install -e ".[tracking]"')
+def test_trackio_writes_its_database_without_a_network(tmp_path):
+    nowhere = "http://127.0.0.1:1"
+    environment = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere}
+    flags = {**RUN, "output_dir": tmp_path / "out", "with_tracking": True, "report_to": "trackio"}
+    for resume in (None, "latest"):
+        words = command_line(**flags, checkpointing_steps=3, resume_from_checkpoint=resume)
+        process = run_python(REPOSITORY / "training" / "train.py", *words, HF_HUB_OFFLINE="1", **environment)
+        assert process.returncode == 0, process.stderr
+    assert (tmp_path / "trackio" / "fambav.db").is_file()
+    process = run_python("-c", _READ_TRACKIO, **environment)
+    runs = json.loads(process.stdout)
+    assert list(runs) == ["out"]  # the resumed run is no second one
+    records, config = runs["out"]
+    found = {record["step"]: record["train_loss"] for record in records if "train_loss" in record}
+    logged = [record for record in read_metrics(tmp_path / "out") if "train_loss" in record]
+    assert found == pytest.approx({record["step"]: record["train_loss"] for record in logged})
+    assert [record["step"] for record in records if "top1" in record] == [3]
+    assert config["hidden_size"] == "16"
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({"report_to": "no_such_tracker"}, r"--report_to no_such_tracker: expected 'all' or one of .*'tensorboard'"),
+        ({"report_to": "tensorbord"}, r"--report_to tensorbord: expected 'all' or one of .*'trackio'"),
+        ({"report_to": "trackio"}, r"--report_to trackio: not installed, try `pip install trackio`; installed are \["),
+        (
+            {"trackio_space_id": "ann/curves"},
+            "--trackio_space_id ann/curves: not installed, try `pip install trackio`",
+        ),
+    ],
+    ids=str,
+)
+def test_a_tracker_that_is_not_there_is_refused_before_training(tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr(trainer.Trainer, "train", lambda *_: pytest.fail("training started"))
-    with pytest.raises(ValueError, match=f"--report_to {name}: .*tensorboard"):
-        train_here(tmp_path / "out", **RUN, with_tracking=True, report_to=name)
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    with pytest.raises(ValueError, match=expected):
+        train_here(tmp_path / "out", **RUN, with_tracking=True, **flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({"trackio_space_id": "curves", "with_tracking": True}, "--trackio_space_id curves: expected OWNER/NAME"),
+        ({"trackio_space_id": "ann/curves"}, "--trackio_space_id ann/curves: expected --with_tracking"),
+        (
+            {"trackio_space_id": "ann/curves", "with_tracking": True, "report_to": "tensorboard"},
+            "--trackio_space_id ann/curves: expected --with_tracking --report_to trackio",
+        ),
+    ],
+    ids=str,
+)
+def test_a_dashboard_that_nobody_would_fill_is_refused(flags, expected):
+    with pytest.raises(ValueError, match=expected):
+        train.TrainingArguments(**flags)
+
+
+def test_a_dashboard_needs_a_login(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: [LoggerType.TRACKIO])
+    monkeypatch.setattr(setup, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="--trackio_space_id ann/curves: no token; run `hf auth login`"):
+        train_here(tmp_path / "out", **RUN, with_tracking=True, report_to="trackio", trackio_space_id="ann/curves")
+
+
+def test_the_card_links_a_dashboard_if_there_is_one(tmp_path):
+    results = train_here(tmp_path / "out", **{**RUN, "max_train_steps": 1})
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
+    assert "dashboard" not in (tmp_path / "out" / "README.md").read_text()
+    results["arguments"]["trackio_space_id"] = "ann/curves"
+    assert "[dashboard](https://huggingface.co/spaces/ann/curves)" in str(create_card(config, results))
 
 
 # ---- what is released ----

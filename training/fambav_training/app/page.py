@@ -1,6 +1,7 @@
 """The page of `demo_app.py`: its layout, and an answer of the model in the form in which the page shows it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from gradio.components import Component
 from gradio.utils import get_upload_folder, is_in_or_equal
 from huggingface_hub.errors import StrictDataclassError
 
+from fambav_training.app.examples import Example
 from fambav_training.app.trial import Answer, FusionTrial
 from fambav_training.data.image_file import read_image
+from fambav_training.fusion.settings import UNFUSED
+from fambav_training.fusion.speed import Speedup
 from fambav_training.fusion.targets import token_share
 from fambav_training.pictures.fusion_pictures import fusion_tiles, layers_that_fuse, no_fusion
 
@@ -38,18 +42,26 @@ _CSS = """
 
 
 def describe(answer: Answer) -> str:
-    """Tokens and times of an answer, as Markdown."""
-    config, milliseconds = answer.config, 1000 * answer.speedup.seconds
+    """Tokens of an answer, as Markdown."""
+    config = answer.config
     if not layers_that_fuse(config):
-        return f"{no_fusion(config)} A forward pass of this image takes **{milliseconds:.1f} ms**."
-    lengths = config.sequence_lengths
+        return no_fusion(config)
     schedule = "The model's own schedule, whatever r is. " if config.fusion_strategy == "custom" else ""
     return (
         f"{schedule}**{token_share(config):.0%} of the tokens** are left to scan, layer by layer "
-        f"{' '.join(map(str, lengths))} of {config.num_patches + 1}. A forward pass of this image takes "
-        f"**{milliseconds:.1f} ms**, {answer.speedup.times:.2f} +- {answer.speedup.uncertainty:.2f} times as fast as "
-        "without fusion."
+        f"{' '.join(map(str, config.sequence_lengths))} of {config.num_patches + 1}."
     )
+
+
+def describe_speed(strategy: str, tokens: int, speedup: Speedup | None) -> str:
+    """Times of a fusion, as Markdown, which names it: somebody may have chosen another one meanwhile."""
+    name = "Without fusion" if strategy in UNFUSED.values() else f"With {strategy} fusion, r = {tokens}"
+    if speedup is None:
+        return f"{name}: the time of a forward pass is being measured."
+    text = f"{name}: a forward pass of one image takes **{1000 * speedup.seconds:.1f} ms**"
+    if strategy in UNFUSED.values():
+        return f"{text}."
+    return f"{text}, {speedup.times:.2f} +- {speedup.uncertainty:.2f} times as fast as without fusion."
 
 
 def token_table(answer: Answer) -> pd.DataFrame:
@@ -58,8 +70,19 @@ def token_table(answer: Answer) -> pd.DataFrame:
     return pd.DataFrame({"layer": [str(number) for number in range(1, len(lengths) + 1)], "tokens": lengths})
 
 
+@contextmanager
+def _sentences(folder: Path) -> Iterator[None]:
+    """Errors of images and settings as one sentence for the visitor, without the server's `folder`."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:
+        # The cause is the configuration's own sentence
+        message = str(error.__cause__ or error) if isinstance(error, StrictDataclassError) else str(error)
+        raise gr.Error(message.replace(f"{folder}/", ""), print_exception=False) from error
+
+
 def try_fusion(trial: FusionTrial, upload: dict[str, Any] | None, strategy: str, tokens: int) -> tuple[Any, ...]:
-    """What the page shows: probabilities by class, a text, tokens per layer, and drawings with titles.
+    """What the page shows: probabilities by class, texts on tokens and times, tokens per layer, titled drawings.
 
     Args:
         upload: the file of the image as `path`, or None if there is none.
@@ -69,16 +92,25 @@ def try_fusion(trial: FusionTrial, upload: dict[str, Any] | None, strategy: str,
         gr.Error: if the image cannot be read, or the fusion has a wrong value or would remove no token.
     """
     if upload is None:
-        return None, NO_IMAGE, None, None
+        return None, NO_IMAGE, "", None, None
     path = Path(upload["path"])
-    try:
+    with _sentences(path.parent):
         answer = trial.answer(read_image(path), strategy, tokens)
-    except (ValueError, StrictDataclassError) as error:
-        # The cause is the configuration's own sentence; the folder is one of the server's
-        message = str(error.__cause__ or error) if isinstance(error, StrictDataclassError) else str(error)
-        raise gr.Error(message.replace(f"{path.parent}/", ""), print_exception=False) from error
     tiles, titles = fusion_tiles(answer.trace, layers_that_fuse(answer.config))
-    return answer.probabilities, describe(answer), token_table(answer), list(zip(tiles, titles))
+    speed = describe_speed(strategy, tokens, answer.speedup)
+    return answer.probabilities, describe(answer), speed, token_table(answer), list(zip(tiles, titles))
+
+
+def time_fusion(trial: FusionTrial, upload: dict[str, Any] | None, strategy: str, tokens: int) -> str:
+    """The text on times, once they are measured, which takes a second the first time that a fusion is tried.
+
+    Raises:
+        gr.Error: if the fusion has a wrong value or would remove no token.
+    """
+    if upload is None:
+        return ""
+    with _sentences(Path()):
+        return describe_speed(strategy, tokens, trial.speedup(strategy, tokens))
 
 
 def is_upload(upload: dict[str, Any]) -> bool:
@@ -87,7 +119,7 @@ def is_upload(upload: dict[str, Any]) -> bool:
     return isinstance(path, str) and is_in_or_equal(path, get_upload_folder())
 
 
-def _question_column(trial: FusionTrial, examples: Sequence[Path]) -> list[Component]:
+def _question_column(trial: FusionTrial, examples: Sequence[Example]) -> list[Component]:
     """What is asked, in the order of the arguments of `try_fusion`: image, strategy, r."""
     config = trial.config
     most_tokens = max(2, trial.most_tokens)  # a slider needs a range
@@ -103,12 +135,14 @@ def _question_column(trial: FusionTrial, examples: Sequence[Path]) -> list[Compo
         info="tokens that each of them removes; at most half of the patches that it receives",
     )
     if examples:
-        gr.Examples([[str(path)] for path in examples], inputs=[image], label="Examples")
+        shows = gr.Textbox(label="what it shows", visible=False)
+        rows = [[str(example.path), example.strategy, example.tokens, example.shows] for example in examples]
+        gr.Examples(rows, inputs=[image, strategy, tokens, shows], label="Examples")
     return [image, strategy, tokens]
 
 
 def _answer_column(num_patches: int) -> list[Component]:
-    """What is shown, in the order in which `try_fusion` returns it: classes, text, tokens by layer, drawings."""
+    """What is shown, in the order in which `try_fusion` returns it: classes, tokens, times, chart, drawings."""
     with gr.Row():
         classes = gr.Label(label="Classes", num_top_classes=_SHOWN_CLASSES, min_width=240)
         lengths = gr.BarPlot(
@@ -121,6 +155,7 @@ def _answer_column(num_patches: int) -> list[Component]:
             buttons=[],
         )
     text = gr.Markdown(NO_IMAGE, container=True)
+    speed = gr.Markdown("", container=True)
     drawings = gr.Gallery(
         show_label=False,
         format="png",  # lines stay sharp
@@ -131,17 +166,20 @@ def _answer_column(num_patches: int) -> list[Component]:
         elem_id="drawings",
     )
     gr.Markdown("Patches that have become one token have one colour and an outline; they need not touch.")
-    return [classes, text, lengths, drawings]
+    return [classes, text, speed, lengths, drawings]
 
 
-def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> gr.Blocks:
-    """The page for a model of this name; `examples` are image files to choose from."""
+def build_page(trial: FusionTrial, name: str, examples: Sequence[Example] = ()) -> gr.Blocks:
+    """The page for a model of this name, with examples to choose from."""
 
     def answer(upload: dict[str, Any] | None, strategy: str, tokens: int) -> tuple[Any, ...]:
         # Nobody else checks: anybody can call this without the page, and `preprocess=False` below
         if upload is not None and not is_upload(upload):
             raise gr.Error("expected an uploaded image", print_exception=False)
         return try_fusion(trial, upload, strategy, tokens)
+
+    def time_answer(upload: dict[str, Any] | None, strategy: str, tokens: int) -> str:
+        return time_fusion(trial, upload, strategy, tokens)
 
     with gr.Blocks(
         title=f"Famba-V: {name}", analytics_enabled=False, delete_cache=(_FILE_SECONDS, _FILE_SECONDS)
@@ -152,7 +190,7 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
                 questions = _question_column(trial, examples)
             with gr.Column(scale=5, min_width=300):
                 answers = _answer_column(trial.config.num_patches)
-        gr.on(
+        answered = gr.on(
             [component.change for component in questions],
             answer,
             questions,
@@ -160,6 +198,15 @@ def build_page(trial: FusionTrial, name: str, examples: Sequence[Path] = ()) -> 
             preprocess=False,  # gradio's own checks of images and numbers fail with a stack trace
             trigger_mode="always_last",  # a slider that is dragged asks once for where it ends
             api_name="try_fusion",
+        )
+        answered.success(
+            time_answer,
+            questions,
+            answers[2],
+            preprocess=False,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            api_name="time_fusion",
         )
     return page
 

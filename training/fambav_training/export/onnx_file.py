@@ -18,6 +18,7 @@ from modeling_fambav import set_selective_scan_backend
 
 TOLERANCE = 1e-4  # of a logit, in float32
 TOKEN_MAPS = "token_maps"
+HUB_FILE = "onnx/model.onnx"  # where transformers.js looks
 _BATCH_SIZES = (1, 2, 5)
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -148,7 +149,7 @@ def _agree(found: dict[int, float]) -> bool:
 
 
 def export_for_hub(folder: Path) -> Path:
-    """Write the classifier of a folder as `onnx/model.onnx` in it, where transformers.js looks; returns the file.
+    """Write the classifier of a folder as `HUB_FILE` in it; returns the file.
 
     A file that is there and gives the model's logits stays.
 
@@ -158,11 +159,26 @@ def export_for_hub(folder: Path) -> Path:
     check_packages()
     model, _ = load_classifier(str(folder), {})
     model = model.eval().float()
-    path = folder / "onnx" / "model.onnx"
+    path = folder / HUB_FILE
     if not path.is_file() or not _agree(differences(model, path)):
         path.parent.mkdir(exist_ok=True)
         with atomic_file(path) as file:
             export_checked(model, file)
+    return path
+
+
+def exported_file(model: PreTrainedModel, source: Path, folder: Path) -> Path:
+    """An ONNX file of this model: the one in its folder `source` if there is one and it is right, or a new one.
+
+    A new one is written into `folder`.
+
+    Raises:
+        ValueError: as `export_checked`.
+    """
+    path = source / HUB_FILE
+    if not path.is_file() or not _agree(differences(model, path)):
+        path = folder / "model.onnx"
+        export_checked(model, path)
     return path
 
 

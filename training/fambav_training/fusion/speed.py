@@ -3,6 +3,8 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +55,11 @@ class Speedup:
 
 @torch.inference_mode()
 def measured_speedup(
-    model: PreTrainedModel, pixel_values: Tensor, fusion: dict[str, Any], max_seconds: float = _MAX_SECONDS
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    fusion: dict[str, Any],
+    max_seconds: float = _MAX_SECONDS,
+    turn: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Speedup:
     """Time warm forward passes with this fusion and with none, in turn, until their ratio is known to 2%.
 
@@ -67,16 +73,22 @@ def measured_speedup(
         fusion: fusion fields, see `settings.with_fusion`.
         max_seconds: when to end a measurement that does not become precise; five rounds at least. One that does takes
             a second, or this if it is less.
+        turn: entered for every pass, for those who share the model: they have theirs between two passes.
     """
+
+    def pass_seconds(condition: dict[str, Any]) -> float:
+        with turn():
+            return _pass_seconds(model, pixel_values, condition)
+
     was_training = model.training
     model.eval()
     for condition in (UNFUSED, fusion):  # warm-up: compilation, caches, the allocator
-        _pass_seconds(model, pixel_values, condition)
+        pass_seconds(condition)
     rounds = []
     started = time.perf_counter()
     while True:
         conditions = (UNFUSED, fusion, fusion, UNFUSED)
-        seconds = [_pass_seconds(model, pixel_values, condition) for condition in conditions]
+        seconds = [pass_seconds(condition) for condition in conditions]
         rounds.append(((seconds[0] + seconds[3]) / 2, (seconds[1] + seconds[2]) / 2))
         passed = time.perf_counter() - started
         if len(rounds) < _MIN_ROUNDS or passed < min(_MIN_SECONDS, max_seconds):

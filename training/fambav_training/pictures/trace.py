@@ -19,7 +19,8 @@ class FusionTrace(NamedTuple):
     Attributes:
         pixels: uint8 `(H, W, 3)`, the image at the size of the model.
         tokens: per layer int `(rows, columns)`, which of the tokens that it scans carries each patch.
-        similarities: per layer float32 `(T, T)`, cosine similarities of the T normed tokens that enter it.
+        similarities: per layer float32 `(T, T)`, cosine similarities of the T normed tokens that enter it; none if
+            they were not wanted.
         probabilities: float32 `(num_labels,)`, of every class.
         label: the predicted class.
         probability: of that class, in [0, 1].
@@ -34,8 +35,10 @@ class FusionTrace(NamedTuple):
 
 
 @torch.inference_mode()
-def trace_fusion(model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image) -> FusionTrace:
-    """Classify an image of any mode and size, and keep what fusion did.
+def trace_fusion(
+    model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image, similarities: bool = True
+) -> FusionTrace:
+    """Classify an image of any mode and size, and keep what fusion did; similarities only if they are wanted.
 
     Raises:
         ValueError: if the processor makes images of another size than the model takes.
@@ -43,7 +46,7 @@ def trace_fusion(model: PreTrainedModel, processor: BaseImageProcessor, image: I
     pixels = to_pixels(image, processor)
     config = model.config
     outputs = model.eval()(
-        normalize(pixels.unsqueeze(0), processor), output_token_maps=True, output_hidden_states=True
+        normalize(pixels.unsqueeze(0), processor), output_token_maps=True, output_hidden_states=similarities
     )
     grid = config.patch_grid_of(*pixels.shape[1:])
     class_index = model.fambav.embeddings.class_index_of(grid[0] * grid[1])
@@ -54,7 +57,7 @@ def trace_fusion(model: PreTrainedModel, processor: BaseImageProcessor, image: I
         tokens=[patch_tokens(token_map[0].numpy(), class_index, grid) for token_map in outputs.token_maps],
         similarities=[
             cosine_similarities(layer.norm(hidden_states)[0]).numpy()
-            for layer, hidden_states in zip(model.fambav.layers, outputs.hidden_states)
+            for layer, hidden_states in zip(model.fambav.layers, outputs.hidden_states or ())
         ],
         probabilities=probabilities.numpy(),
         label=config.id2label[index.item()],

@@ -19,11 +19,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from fambav_training.release.model_card import LOCATION
+from fambav_training.release.quantized import ONNX_FILE, OWNER, QUANTIZED_FILE
 from fambav_training.release.saving import RESULTS_FILE
 from fambav_training.run.checkpointing import FOLDER as CHECKPOINTS
 
 _CARD = "README.md"
 _REQUIRED = (RESULTS_FILE, "config.json", "model.safetensors", "preprocessor_config.json", _CARD)
+_REQUIRED_QUANTIZED = (QUANTIZED_FILE, ONNX_FILE, "config.json", "preprocessor_config.json", _CARD)
 # Of trackers
 LOGS = "logs"
 _LEFT_OUT = (CHECKPOINTS, LOGS, "*tfevents*", "nonfinite_step_*", "*.partial", "__pycache__", ".*")
@@ -76,8 +78,8 @@ def publish_folder(folder: Path, repo_id: str, tag: str | None = None) -> str:
     Args:
         folder: a release, with its code.
         repo_id: `OWNER/NAME` that `prepare_repository` returned.
-        tag: name of the commit, `step-STEPS-seed-SEED-DIGEST` if None. The digest is one of all files, so that another
-            model has another tag.
+        tag: name of the commit, `step-STEPS-seed-SEED-DIGEST` if None, or `int8-DIGEST` of a quantised model. The
+            digest is one of all files, so that another model has another tag.
 
     Returns:
         The address of the repository.
@@ -92,7 +94,7 @@ def publish_folder(folder: Path, repo_id: str, tag: str | None = None) -> str:
     _refuse_token(files, api.token)
     operations = [CommitOperationAdd(name, path) for name, path in files.items() if name != _CARD]
     # Readers load it from the Hub
-    card = files[_CARD].read_text().replace(LOCATION, repo_id)
+    card = files[_CARD].read_text().replace(LOCATION, repo_id).replace(OWNER, repo_id.split("/")[0])
     operations.append(CommitOperationAdd(_CARD, card.encode()))
     command = shlex.join(["python", "training/publish.py", str(folder), repo_id])
     same_command = command if tag is None else f"{command} --tag {tag}"
@@ -133,13 +135,15 @@ def find_files(folder: Path) -> dict[str, Path]:
         name = path.relative_to(folder)
         if path.is_file() and not any(fnmatchcase(part, pattern) for part in name.parts for pattern in _LEFT_OUT):
             files[name.as_posix()] = path
-    missing = [name for name in _REQUIRED if name not in files or not files[name].stat().st_size]
-    if not missing:
+    is_quantized = QUANTIZED_FILE in files
+    required = _REQUIRED_QUANTIZED if is_quantized else _REQUIRED
+    missing = [name for name in required if name not in files or not files[name].stat().st_size]
+    if not missing and not is_quantized:
         missing = _missing_code(folder)
     if missing:
+        source = "quantize.py" if is_quantized else "a finished training run"
         raise PublishError(
-            f"{folder}: {', '.join(missing)} missing or empty, expected the folder of a finished training run; "
-            "nothing was sent"
+            f"{folder}: {', '.join(missing)} missing or empty, expected the folder of {source}; nothing was sent"
         )
     return files
 
@@ -166,6 +170,11 @@ def check_tag(tag: str) -> None:
 
 
 def _default_tag(files: dict[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    if QUANTIZED_FILE in files:
+        return f"int8-{digest.hexdigest()[:8]}"
     try:
         results = json.loads(files[RESULTS_FILE].read_text())
         steps, seed = int(results["steps"]), int(results["seed"])
@@ -173,9 +182,6 @@ def _default_tag(files: dict[str, Path]) -> str:
         raise PublishError(
             f"{files[RESULTS_FILE]}: expected steps and seed, which name the release; give --tag; nothing was sent"
         ) from error
-    digest = hashlib.sha256()
-    for name, path in files.items():
-        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return f"step-{steps}-seed-{seed}-{digest.hexdigest()[:8]}"
 
 

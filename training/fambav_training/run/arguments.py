@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _MINIMUMS = {
     "evaluation_epochs": 1,
     "checkpoints_total_limit": 1,
 }
+_SPACE_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _BELOW_ONE = ("warmup_ratio", "label_smoothing", "ema_decay")
 _UP_TO_ONE = ("horizontal_flip_prob", "random_erasing_prob", "distillation_weight")
 OF_DISTILLATION = (
@@ -120,7 +122,10 @@ class TrainingArguments:
     checkpoints_total_limit: int | None = _flag(None, "checkpoints to keep, the newest; all if not given")
     resume_from_checkpoint: str | None = _flag(None, "folder of a checkpoint, or 'latest' in output_dir")
     with_tracking: bool = _flag(False, "log to experiment trackers")
-    report_to: str = _flag("all", "tracker, such as tensorboard or wandb, or 'all' that are installed")
+    report_to: str = _flag("all", "tracker, such as tensorboard, trackio or wandb, or 'all' that are installed")
+    trackio_space_id: str | None = _flag(
+        None, "Space OWNER/NAME for trackio's dashboard, which the model card links; a local file if not given"
+    )
     push_to_hub: bool = _flag(False, "publish the result on the Hub")
     hub_model_id: str | None = _flag(
         None, "repository to publish to, NAME or OWNER/NAME; named after output_dir if not given"
@@ -143,6 +148,7 @@ class TrainingArguments:
         if not (math.isfinite(self.distillation_temperature) and self.distillation_temperature > 0):
             raise ValueError(f"--distillation_temperature {self.distillation_temperature}: expected a number > 0")
         self._check_teacher()
+        self._check_dashboard()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 expected = [choice for choice in choices if choice is not None]
@@ -175,6 +181,15 @@ class TrainingArguments:
                     f"{given}: expected --{name} 0, not {getattr(self, name)}; the teacher has not seen such images"
                 )
 
+    def _check_dashboard(self) -> None:
+        space = self.trackio_space_id
+        if space is None:
+            return
+        if not _SPACE_ID.fullmatch(space):
+            raise ValueError(f"--trackio_space_id {space}: expected OWNER/NAME")
+        if not self.with_tracking or self.report_to not in ("trackio", "all"):
+            raise ValueError(f"--trackio_space_id {space}: expected --with_tracking --report_to trackio with it")
+
 
 # Flags that do not change what is trained: a run may be resumed with others.
 _FREE = {
@@ -195,6 +210,7 @@ _FREE = {
     "resume_from_checkpoint",
     "with_tracking",
     "report_to",
+    "trackio_space_id",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",

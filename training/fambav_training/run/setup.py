@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
+from huggingface_hub import get_token
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -130,16 +131,34 @@ def check_channels(config: FambaVConfig) -> None:
 
 
 def check_trackers(args: TrainingArguments) -> None:
-    """Refuse a tracker that is not installed.
+    """Refuse a tracker that accelerate does not know or that is not installed, and a dashboard without a login.
 
     Raises:
-        ValueError: if there is none, or not the one that is asked for.
+        ValueError: if it is so.
     """
+    if not args.with_tracking:
+        return
+    name = args.report_to
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if name not in ("all", *known):
+        raise ValueError(f"--report_to {name}: expected 'all' or one of {known}")
     available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if args.with_tracking and (not available or args.report_to not in ("all", *available)):
-        raise ValueError(
-            f"--report_to {args.report_to}: not installed; installed are {available}, try `pip install tensorboard`"
-        )
+    if not available or name not in ("all", *available):
+        package = name if name != "all" else "tensorboard"
+        raise ValueError(f"--report_to {name}: not installed, try `pip install {package}`; installed are {available}")
+    if args.trackio_space_id is not None:
+        if "trackio" not in available:
+            raise ValueError(f"--trackio_space_id {args.trackio_space_id}: not installed, try `pip install trackio`")
+        if get_token() is None:
+            raise ValueError(f"--trackio_space_id {args.trackio_space_id}: no token; run `hf auth login`")
+
+
+def start_trackers(accelerator: Accelerator, args: TrainingArguments, recipe: dict[str, Any]) -> None:
+    """Open the trackers that the run was created with. A resumed run goes on where trackio had it."""
+    trackio = {"name": args.output_dir.resolve().name, "space_id": args.trackio_space_id}
+    trackio["resume"] = "never" if args.resume_from_checkpoint is None else "allow"
+    values = {name: str(value) for name, value in recipe.items()}
+    accelerator.init_trackers("fambav", config=values, init_kwargs={"trackio": trackio})
 
 
 def check_teacher(args: TrainingArguments) -> None:
