@@ -15,7 +15,7 @@ try:
 except ImportError:  # within `try`, because transformers loads no remote code whose other imports are missing
     raise
 
-from .triton_launch import OPTIONS, as_float32_rows
+from .triton_launch import as_rows, launch
 
 
 @triton.jit
@@ -93,15 +93,15 @@ def _conv_launch(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], dict[
     positions = min(16, triton.next_power_of_2(num_tokens))
     grid = (batch_size, triton.cdiv(num_tokens, positions), triton.cdiv(channels, 64))
     options = {"NUM_DIRECTIONS": weight.shape[0], "KERNEL_SIZE": weight.shape[-1], "POSITIONS": positions, "BLOCK": 64}
-    return grid, options | OPTIONS
+    return grid, options
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`causal_conv1d` without gradients."""
     grid, options = _conv_launch(x, weight)
-    rows, weight, bias = as_float32_rows(x), weight.mT.contiguous(), bias.contiguous()
+    rows, weight, bias = as_rows(x), weight.mT.contiguous(), bias.contiguous()
     out = x.new_empty(weight.shape[0], *x.shape)
-    _conv_forward[grid](rows, weight, bias, out, *x.shape, rows.stride(0), **options)
+    launch(_conv_forward, grid, rows, weight, bias, out, *x.shape, rows.stride(0), **options)
     return out
 
 
@@ -109,12 +109,13 @@ def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
     """Gradients of x, weight and bias, in float32."""
     grid, options = _conv_launch(x, weight)
     num_directions, channels, kernel_size = weight.shape
-    rows, dout, weight, bias = as_float32_rows(x), as_float32_rows(dout), weight.mT.contiguous(), bias.contiguous()
+    rows, dout, weight, bias = as_rows(x), as_rows(dout), weight.mT.contiguous(), bias.contiguous()
     buffers = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(x.shape, **buffers)
     dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)
     dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, **buffers)
-    _conv_backward[grid](
-        dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options
-    )
+    launch(
+        _conv_backward, grid,
+        dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options,
+    )  # fmt: skip
     return dx, dweight.sum(0).mT, dbias.sum(0)

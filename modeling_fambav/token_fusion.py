@@ -9,8 +9,8 @@ Glossary
     token map       index of the token that now carries each initial token; shape (B, T_0)
 
 Two steps, so that one matching serves several tensors: `match_tokens` reads the similarities and returns a `Matching`
-of indices; `Matching.merge` averages values along it. All shapes are static: T shrinks by exactly r. On a CPU both
-steps are kernels (token_fusion_numba.py); the operations here are what they are tested against.
+of indices; `Matching.merge` averages values along it. All shapes are static: T shrinks by exactly r. Where a backend
+has kernels (token_fusion_numba.py, token_fusion_triton.py), the operations here are what those are tested against.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from .backends import provides, uses_cpu_kernels
+from .backends import HAS_KERNELS, provides, selective_scan_backend
 from .operators import define
 
 # As torch.nn.functional.normalize
@@ -48,7 +48,7 @@ class Matching(NamedTuple):
         Returns:
             `Tensor` of shape `(B, T - r, D)`. Gradients flow to `values`, not to the matching or the weights.
         """
-        if uses_cpu_kernels(values):
+        if _has_kernels(values):
             return _merge(values, self.new_index, self.num_kept, weights)
         if weights is None:
             weights = torch.ones_like(self.new_index, dtype=torch.float32)
@@ -81,13 +81,13 @@ def fuse(
 ) -> tuple[Tensor, Tensor, Matching]:
     """`match_tokens` of a metric, and `Matching.merge` of it and of another tensor `(B, T, D)`.
 
-    On a CPU this is one operator: for few tokens, operators take longer to start than to run.
+    With kernels this is one operator: for few tokens, operators take longer to start than to run.
     """
-    if metric.shape[1] <= 3 or not uses_cpu_kernels(metric):
+    if metric.shape[1] <= 3 or not _has_kernels(metric):
         matching = match_tokens(metric, r, class_index, similarity, order)
         return matching.merge(metric, weights), matching.merge(stream, weights), matching
     _check_matching(metric, r, similarity, order)
-    place, index = (0, class_index) if isinstance(class_index, Tensor) else (class_index, None)
+    place, index = _place_and_index(class_index)
     merged, merged_stream, new_index = _fuse(metric, stream, r, place, index, similarity, order, weights)
     return merged, merged_stream, Matching(new_index, metric.shape[1] - r)
 
@@ -117,16 +117,13 @@ def match_tokens(
     """
     batch_size, num_tokens = metric.shape[:2]
     _check_matching(metric, r, similarity, order)
-    products, norms = _products_and_norms(metric)
-    if num_tokens > 3 and uses_cpu_kernels(metric):
-        if isinstance(class_index, int):
-            class_index = torch.full((batch_size, 1), class_index, dtype=torch.int64, device=metric.device)
-        new_index = _match(products, norms, class_index, r, similarity, order)
+    if num_tokens > 3 and _has_kernels(metric):
+        new_index = _match(metric, r, *_place_and_index(class_index), similarity, order)
     else:
         index = torch.arange(num_tokens, device=metric.device).expand(batch_size, -1)
         is_class = index == class_index
         if num_tokens > 3:
-            fused, partner = _most_similar(_scores(products, norms, similarity), r, is_class)
+            fused, partner = _most_similar(_scores(*_products_and_norms(metric), similarity), r, is_class)
         else:
             fused = index[:, :r] + is_class[:, :r].long()
             partner = index[:, num_tokens - r :] - is_class[:, num_tokens - r :].long()
@@ -143,6 +140,11 @@ def _check_matching(metric: Tensor, r: int, similarity: str, order: str) -> None
         raise ValueError(f"similarity={similarity!r}: expected 'cosine', 'dot' or 'euclidean'")
     if order not in ("raster", "appended"):
         raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
+
+
+def _place_and_index(class_index: int | Tensor) -> tuple[int, Tensor | None]:
+    """The index of the class token as operators take it: the tensor is there if each image has its own."""
+    return (0, class_index) if isinstance(class_index, Tensor) else (class_index, None)
 
 
 def _products_and_norms(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +203,7 @@ def unmerge(hidden_states: Tensor, token_map: Tensor) -> Tensor:
 
 
 class FusionKernels(NamedTuple):
-    """See token_fusion_numba.py."""
+    """Functions that a backend in `HAS_KERNELS` provides, see token_fusion_triton.py."""
 
     match: Callable
     match_and_merge: Callable
@@ -210,30 +212,53 @@ class FusionKernels(NamedTuple):
 
 
 @provides("numba")
-def _kernels() -> FusionKernels:
+def _numba_kernels() -> FusionKernels:
     from .token_fusion_numba import match, match_and_merge, merge, merge_backward
 
+    def of_metric(function: Callable) -> Callable:
+        # On a CPU nothing multiplies matrices faster than torch
+        return lambda metric, *arguments: function(*_products_and_norms(metric), *arguments)
+
+    return FusionKernels(of_metric(match), of_metric(match_and_merge), merge, merge_backward)
+
+
+@provides("triton")
+def _triton_kernels() -> FusionKernels:
+    from .token_fusion_triton import match, match_and_merge, merge, merge_backward
+
     return FusionKernels(match, match_and_merge, merge, merge_backward)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return selective_scan_backend(tensor) in HAS_KERNELS
+
+
+def _kernels(tensor: Tensor) -> FusionKernels:
+    """Those for a tensor like this one, also where the backend has changed since the fusion of these gradients."""
+    backend = selective_scan_backend(tensor)
+    return _triton_kernels() if backend == "triton" or tensor.device.type != "cpu" else _numba_kernels()
 
 
 # ---- kernels as torch operators ----
 
 
 def _compute_match(
-    products: Tensor, norms: Tensor, class_index: Tensor, r: int, similarity: str, order: str
+    metric: Tensor, r: int, class_place: int, class_index: Tensor | None, similarity: str, order: str
 ) -> Tensor:
-    return _kernels().match(products, norms, class_index, r, similarity, order)
+    """Where every token goes. `class_place` is the index of the class token unless each image has its own."""
+    class_token = class_place if class_index is None else class_index
+    return _kernels(metric).match(metric, class_token, r, similarity, order)
 
 
-def _match_shapes(products, norms, class_index, r, similarity, order):
-    return class_index.new_empty(norms.shape)
+def _match_shapes(metric, r, class_place, class_index, similarity, order):
+    return metric.new_empty(metric.shape[:2], dtype=torch.int64)
 
 
 _match = define("match_tokens", _compute_match, _match_shapes)
 
 
 def _compute_merge(values: Tensor, new_index: Tensor, num_kept: int, weights: Tensor | None) -> Tensor:
-    return _kernels().merge([values], new_index, num_kept, weights)[0]
+    return _kernels(values).merge([values], new_index, num_kept, weights)[0]
 
 
 def _merge_shapes(values, new_index, num_kept, weights):
@@ -241,7 +266,7 @@ def _merge_shapes(values, new_index, num_kept, weights):
 
 
 def _compute_merge_backward(dmerged: Tensor, new_index: Tensor, weights: Tensor | None) -> Tensor:
-    return _kernels().merge_backward([dmerged], new_index, weights)[0]
+    return _kernels(dmerged).merge_backward([dmerged], new_index, weights)[0]
 
 
 def _merge_backward_shapes(dmerged, new_index, weights):
@@ -273,11 +298,9 @@ def _compute_fuse(
     order: str,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both merged, and where every token went. `class_place` is the index of the class token unless each image has
-    its own."""
-    products, norms = _products_and_norms(metric)
+    """Both merged, and where every token went, see `_compute_match`."""
     class_token = class_place if class_index is None else class_index
-    return _kernels().match_and_merge(products, norms, class_token, r, similarity, order, [metric, stream], weights)
+    return _kernels(metric).match_and_merge(metric, class_token, r, similarity, order, [metric, stream], weights)
 
 
 def _fuse_shapes(metric, stream, r, class_place, class_index, similarity, order, weights):
@@ -289,7 +312,7 @@ def _fuse_shapes(metric, stream, r, class_place, class_index, similarity, order,
 def _compute_fuse_backward(
     dmerged: Tensor, dmerged_stream: Tensor, new_index: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    dmetric, dstream = _kernels().merge_backward([dmerged, dmerged_stream], new_index, weights)
+    dmetric, dstream = _kernels(dmerged).merge_backward([dmerged, dmerged_stream], new_index, weights)
     return dmetric, dstream
 
 

@@ -213,26 +213,25 @@ def _merge_backward(address):
 # ---- tensors in, tensors out ----
 
 
-def match(products: Tensor, norms: Tensor, class_index: Tensor, r: int, similarity: str, order: str) -> Tensor:
+def match(products: Tensor, norms: Tensor, class_index: int | Tensor, r: int, similarity: str, order: str) -> Tensor:
     """Places of all tokens after a fusion.
 
     Args:
         products (`Tensor` of shape `(B, T_even, T_odd)`): dot products of even and odd tokens.
         norms (`Tensor` of shape `(B, T)`): lengths of the tokens.
-        class_index (`Tensor` of shape `(B, 1)`): index of the class token (int64).
+        class_index (`int` or `Tensor` of shape `(B, 1)`): index of the class token.
         r, similarity, order: as `match_tokens`.
 
     Returns:
         `Tensor` of shape `(B, T)` (int64): `Matching.new_index`.
     """
-    batch_size, num_tokens = norms.shape
-    class_index = Operand("class_index", _indices("class_index", class_index, num_tokens), batch_size, 1, _INDEX)
     return _match_operand(products, norms, class_index, r, similarity, order).tensor
 
 
-def _match_operand(products, norms, class_index: Operand, r: int, similarity: str, order: str) -> Operand:
+def _match_operand(products, norms, class_index: int | Tensor, r: int, similarity: str, order: str) -> Operand:
     batch_size, num_tokens = norms.shape
     num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
+    class_operand = _class_operand(class_index, batch_size, num_tokens)
     worst = buffer("worst", batch_size, num_even)
     partner = buffer("partner", batch_size, num_even, torch.int64)
     new_index = buffer("new_index", batch_size, num_tokens, torch.int64)
@@ -243,13 +242,20 @@ def _match_operand(products, norms, class_index: Operand, r: int, similarity: st
         [
             Operand("products", products.float().contiguous().flatten(0, 1), batch_size * num_even, num_odd),
             Operand("norms", norms.float().contiguous(), batch_size, num_tokens),
-            class_index,
+            class_operand,
             worst,
             partner,
         ],
     )
-    launch(_choose, batch_size, (num_tokens, r, order == "appended"), [worst, partner, class_index, new_index])
+    launch(_choose, batch_size, (num_tokens, r, order == "appended"), [worst, partner, class_operand, new_index])
     return new_index
+
+
+def _class_operand(class_index: int | Tensor, batch_size: int, num_tokens: int) -> Operand:
+    if isinstance(class_index, int) and 0 <= class_index < num_tokens:
+        return buffer("class_index", batch_size, 1, torch.int64, fill=class_index)
+    class_index = torch.as_tensor(class_index, device="cpu").expand(batch_size, 1)
+    return Operand("class_index", _indices("class_index", class_index, num_tokens), batch_size, 1, _INDEX)
 
 
 def match_and_merge(
@@ -263,16 +269,9 @@ def match_and_merge(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two tensors merged as `merge` does along the places of `match`, and these places."""
-    batch_size, num_tokens = norms.shape
-    if isinstance(class_index, int) and 0 <= class_index < num_tokens:
-        class_operand = buffer("class_index", batch_size, 1, torch.int64, fill=class_index)
-    else:
-        class_index = torch.as_tensor(class_index, device="cpu").expand(batch_size, 1)
-        indices = _indices("class_index", class_index, num_tokens)
-        class_operand = Operand("class_index", indices, batch_size, 1, _INDEX)
-    new_index = _match_operand(products, norms, class_operand, r, similarity, order)
+    new_index = _match_operand(products, norms, class_index, r, similarity, order)
     # The kernel made these places, so they need no check
-    first, second = _merge_along(values, new_index, num_tokens - r, weights)
+    first, second = _merge_along(values, new_index, norms.shape[1] - r, weights)
     return first, second, new_index.tensor
 
 

@@ -149,9 +149,10 @@ def _recorded_launches(target: str) -> Iterator[list[Launch]]:
 
 
 def _launch_layer(case: Case) -> None:
-    """All kernels of a layer, forward and backward, on tensors without data."""
+    """All kernels of a layer that fuses nine tokens, forward and backward, on tensors without data."""
     from modeling_fambav.causal_conv1d_triton import conv_backward, conv_forward
     from modeling_fambav.selective_scan_triton import scan_backward, scan_forward
+    from modeling_fambav.token_fusion_triton import match, merge, merge_backward
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -169,6 +170,10 @@ def _launch_layer(case: Case) -> None:
     out, states = scan_forward(*inputs, keep_states=True)
     dx, *_ = scan_backward(torch.empty_like(out), *inputs, states)
     conv_backward(dx.to(case.dtype), conv_input, conv_weight, conv_bias)
+    tokens = [empty(batch_size, num_tokens, channels // 2) for _ in "ab"]
+    new_index = match(tokens[0], 0, 9, "cosine", "raster")
+    merged = merge(tokens, new_index, num_tokens - 9, None)
+    merge_backward([torch.empty_like(tensor) for tensor in merged], new_index, None)
 
 
 def resident_warps(target: Target, registers: int, shared_memory: int, num_warps: int) -> int:
@@ -181,7 +186,17 @@ def resident_warps(target: Target, registers: int, shared_memory: int, num_warps
     return programs * num_warps
 
 
-def limits(gpu: Gpu, launch: Launch, assembly: Assembly, warps: int, passes: int) -> dict[str, float]:
+def passes_of(kernel: str, case: Case, loops: int) -> list[int]:
+    """How often a program runs through each of its innermost loops."""
+    if kernel == "match":
+        blocks = math.ceil(math.ceil(case.num_tokens / 2) / 64) ** 2  # of evens and odds
+        return [blocks * math.ceil(case.channels // 2 / 32), blocks, blocks]
+    if kernel == "merge":
+        return [2]  # few places receive more than two tokens
+    return [case.num_tokens if kernel.startswith("scan") else 1] * loops
+
+
+def limits(gpu: Gpu, launch: Launch, assembly: Assembly, warps: int, passes: list[int]) -> dict[str, float]:
     """Milliseconds that a launch takes at least, by what limits it.
 
     Args:
@@ -190,9 +205,10 @@ def limits(gpu: Gpu, launch: Launch, assembly: Assembly, warps: int, passes: int
     """
     num_warps = launch.compiled.metadata.num_warps
     total_warps = math.prod(launch.grid) * num_warps
-    instructions = passes * sum(loop.instructions for loop in assembly.loops)
-    special = passes * sum(loop.counts["special"] for loop in assembly.loops)
-    cycles = passes * sum(loop.cycles for loop in assembly.loops)
+    loops = list(zip(passes, assembly.loops, strict=True))
+    instructions = sum(times * loop.instructions for times, loop in loops)
+    special = sum(times * loop.counts["special"] for times, loop in loops)
+    cycles = sum(times * loop.cycles for times, loop in loops)
     rounds = math.ceil(total_warps / (gpu.processors * warps))
     seconds = {
         "memory": launch.bytes_moved / gpu.bandwidth,
@@ -225,7 +241,7 @@ def inspect(target: str, case: Case) -> list[dict[str, Any]]:
             "loops": [dataclasses.asdict(loop) for loop in assembly.loops],
         }
         if case == VIM_TI:
-            passes = case.num_tokens if assembly.has_loops else 1
+            passes = passes_of(launch.kernel, case, len(assembly.loops))
             record["estimated_ms"] = {
                 name: limits(gpu, launch, assembly, warps, passes)
                 for name, gpu in GPUS.items()

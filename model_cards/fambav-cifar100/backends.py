@@ -1,9 +1,9 @@
 """Backends: which ones there are, what they serve, which one computes, and why another one does not.
 
-A backend is a way to run the operators of this package: the scan and the convolution on all of them, fusion and norm
-on "numba". The files of the operators bring their kernels (`provides`), this file knows nothing about them. A backend
-is used if everything that it provides can be imported and compiled, which is tried once, at the first use of a model,
-and not when the package is imported.
+A backend is a way to run the operators of this package: the scan and the convolution on all of them, fusion on "numba"
+and "triton", the norm on "numba". The files of the operators bring their kernels (`provides`), this file knows nothing
+about them. A backend is used if everything that it provides can be imported and compiled, which is tried once, at the
+first use of a model, and not when the package is imported.
 """
 
 import functools

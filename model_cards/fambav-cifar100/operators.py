@@ -34,6 +34,7 @@ _SOURCES = (
     "selective_scan_triton",
     "token_fusion",
     "token_fusion_numba",
+    "token_fusion_triton",
     "triton_launch",
 )
 

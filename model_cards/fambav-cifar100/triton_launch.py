@@ -1,12 +1,21 @@
 """What the launches of all Triton kernels share."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-# A product and a sum in one instruction: Triton's default today, no longer from 3.10 on.
-OPTIONS = {"enable_fp_fusion": True}
+
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument, which need not be the current one.
+
+    A product and a sum become one instruction: Triton's default today, no longer from 3.10 on.
+    """
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *arguments, enable_fp_fusion=True, **options)
 
 
-def as_float32_rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """Everything but the last dimension as rows; a view wherever the strides allow it."""
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.reshape(-1, tensor.shape[-1])

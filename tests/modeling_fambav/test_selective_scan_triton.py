@@ -1,11 +1,13 @@
 """The GPU kernels against the float64 reference: interpreted on a CPU, compiled where there is a GPU (`-m gpu`)."""
 
+import math
+
 import pytest
 import torch
 
 from modeling_fambav import backends, set_selective_scan_backend
 from modeling_fambav.causal_conv1d import causal_conv1d
-from modeling_fambav.selective_scan import selective_scan, selective_scan_reference
+from modeling_fambav.selective_scan import scan_kernels, selective_scan, selective_scan_reference
 from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
 
 pytest.importorskip("triton")
@@ -53,6 +55,41 @@ def test_scan_without_optional_arguments(device, absent):
     results, expected = scan_with_gradients(selective_scan, inputs), reference_results(inputs)
     for name, tensor in results.items():
         torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_time_steps_are_exact_where_they_are_small(device):
+    """One token: the output is C B x softplus(dt), whose relative error must be float32's from -80 to 30."""
+    dt = torch.linspace(-80, 30, 441, device=device).view(1, 1, 1, -1)
+    one = torch.ones(1, 1, 1, 1, device=device)
+    inputs = {"x": torch.ones_like(dt), "dt": dt, "A": -torch.ones(1, 441, 1, device=device), "B": one, "C": one}
+    inputs["D"] = torch.zeros(1, 441, device=device)
+    results, expected = scan_with_gradients(selective_scan, inputs), reference_results(inputs)
+    for name in ("out", "ddt"):
+        torch.testing.assert_close(results[name].double(), expected[name], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "z", "dt_bias"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_no_number_stays_none(device, name):
+    """A NaN passes to all that depends on it, and to nothing else."""
+    inputs = scan_inputs(2, 2, 6, 20, 3)
+    inputs[name].flatten(0, -2)[1, 2] = math.nan
+    inputs = on(device, inputs)
+    results, expected = scan_with_gradients(selective_scan, inputs), reference_results(inputs)
+    for result, tensor in results.items():
+        assert torch.equal(tensor.isnan(), expected[result].isnan()), result
+        torch.testing.assert_close(tensor, expected[result].float(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_per_token_are_in_the_dtype_of_the_inputs(device):
+    inputs = list(on(device, scan_inputs(2, 1, 5, 20, 3, dtype=torch.bfloat16)).values())
+    out, states = scan_kernels("triton").forward(*inputs, True)
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = scan_kernels("triton").backward(torch.ones_like(out), *inputs, states)
+    assert {tensor.dtype for tensor in (out, dx, ddt, dz)} == {torch.bfloat16}
+    # Sums over many tokens or channels
+    assert {tensor.dtype for tensor in (states, dA, dB, dC, dD, ddt_bias)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,9 +9,14 @@ from support.child_process import run_python
 
 pytest.importorskip("triton")
 
-KERNELS = ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
+KERNELS = ["conv_backward", "conv_forward", "match", "merge", "merge_backward", "scan_backward", "scan_forward"]
 # By kernel, registers of a thread that leave enough warps on a processor; 255 is where spilling begins.
-_MOST_REGISTERS = {"conv_forward": 128, "conv_backward": 255, "scan_forward": 128, "scan_backward": 255}
+_MOST_REGISTERS = {
+    "conv_forward": 128, "conv_backward": 255, "scan_forward": 128, "scan_backward": 255,
+    "match": 128, "merge": 168, "merge_backward": 128,
+}  # fmt: skip
+# Innermost loops; compilers for AMD and sm_100 take turns out of one, or wait for tensor cores in loops.
+_LOOPS = {"scan_forward": {1}, "scan_backward": {2}, "match": {3, 4, 5, 6}}
 _OTHER_CASES = [name for name in CASES if name != "vim-ti"]
 
 
@@ -34,11 +39,11 @@ def check(records):
         # AMD has twice as many registers
         most = _MOST_REGISTERS[record["kernel"]] * (1 + (record["target"] == "gfx942"))
         assert 0 < record["registers"] <= most, f"{name}: {record['registers']} registers"
-        assert record["shared_memory"] <= 16 << 10, f"{name}: {record['shared_memory']} bytes of shared memory"
+        assert record["shared_memory"] <= 32 << 10, f"{name}: {record['shared_memory']} bytes of shared memory"
         assert record["resident_warps"] >= 8, f"{name}: {record['resident_warps']} warps"
-        assert all(loop["instructions"] > 20 for loop in record["loops"])
-        is_scan = record["kernel"].startswith("scan")
-        assert len(record["loops"]) == (1 if not is_scan else 2 if record["kernel"] == "scan_forward" else 4), name
+        # Those that wait for a tensor core are short
+        assert sum(loop["instructions"] > 20 for loop in record["loops"]) >= min(3, len(record["loops"])), name
+        assert len(record["loops"]) in _LOOPS.get(record["kernel"], {1}), name
 
 
 def test_vim_ti(tmp_path):
@@ -49,7 +54,8 @@ def test_vim_ti(tmp_path):
         assert sorted(estimates) == KERNELS
         for by_gpu in estimates.values():
             (by_cause,) = by_gpu.values()
-            assert list(by_cause) == ["memory", "issue", "special", "latency"] and min(by_cause.values()) > 0
+            assert list(by_cause) == ["memory", "issue", "special", "latency"]
+            assert min(by_cause["memory"], by_cause["issue"], by_cause["latency"]) > 0 <= by_cause["special"]
         # The convolution reads B*T*E bfloat16 and writes two of them; weights and biases are small
         (by_cause,) = estimates["conv_forward"].values()
         assert by_cause["memory"] == pytest.approx(1000 * 3 * 128 * 197 * 384 * 2 / gpu.bandwidth, rel=0.01)
