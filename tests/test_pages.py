@@ -243,6 +243,9 @@ def test_the_headline_is_what_was_measured():
     runs = read_json(checkpoint, "first_run.json"), read_json(checkpoint, "second_run.json"), results
     hours, minutes = divmod(round(sum(run["train_seconds"] for run in runs) / 60), 60)
     assert f"{megabytes:.1f} MB, {results['top1']:.2f} % top-1, trained in {hours} h {minutes} min" in text
+    unfused = read_json(checkpoint, "third_run_unfused.json")
+    longer, top1 = unfused["train_seconds"] / results["train_seconds"], unfused["top1"]
+    assert f"without fusion took {longer:.2f} times as long and reached {top1:.2f} %" in text
     assert f"From {results['sequence_lengths'][0]} tokens, {results['sequence_lengths'][-1]} are left." in text
 
 
