@@ -217,7 +217,7 @@ def test_resumed_run_trains_only_on_the_rest(saved, tmp_path, monkeypatch):
     train_batch = trainer.Trainer._train_batch
 
     def counted(self, *args):
-        steps.append(self.position.step)
+        steps.append(self.position.step + (self._unsettled is not None))  # the loss of the last one is read late
         return train_batch(self, *args)
 
     monkeypatch.setattr(trainer.Trainer, "_train_batch", counted)

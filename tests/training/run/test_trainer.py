@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, load
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -151,6 +151,21 @@ def test_stop_names_step_and_learning_rate_and_keeps_the_state_before(nan_at, tm
         assert (pixels.permute(1, 2, 0).contiguous().numpy().tobytes(), label.item()) in known
     assert without_time(read_metrics(tmp_path / "out")) == without_time(log[:4])
     assert not (tmp_path / "out" / "all_results.json").exists()
+
+
+def test_a_loss_that_is_read_late_stops_before_the_next_step(nan_at, tmp_path):
+    """No line of the log asks for the loss of step 5 before the gradients of step 6 are there."""
+    flags = {**RUN, "logging_steps": 50, "evaluation_epochs": None}
+    train_here(tmp_path / "whole", **{**flags, "checkpointing_steps": 4})
+    nan_at(5)
+    with pytest.raises(trainer.NonFiniteLossError, match="at step 5,"):
+        train_here(tmp_path / "out", **flags)
+    folder, before = tmp_path / "out" / "nonfinite_step_000005", tmp_path / "whole" / "checkpoints" / "step_000004"
+    for name in ("model.safetensors", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        saved, expected = (load(path / name) for path in (folder, before))
+        torch.testing.assert_close(saved, expected, rtol=0, atol=0)
+    position = json.loads((folder / "trainer_state.json").read_text())["position"]
+    assert (position["step"], position["epoch"], position["batch"], position["images"]) == (4, 1, 1, 4 * 32)
 
 
 def test_skip_counts_and_goes_on(nan_at, tmp_path):

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from fambav_training.machine.transfer import to_device
+
 logger = logging.get_logger(__name__)
 
 
@@ -163,6 +165,6 @@ def to_pixels(image: Image.Image, processor: BaseImageProcessor) -> Tensor:
 
 def normalize(pixels: Tensor, processor: BaseImageProcessor) -> Tensor:
     """Rescale and normalise a batch of uint8 pixels as the processor does: float32, same shape."""
-    mean = pixels.new_tensor(processor.image_mean, dtype=torch.float32).view(-1, 1, 1)
-    std = pixels.new_tensor(processor.image_std, dtype=torch.float32).view(-1, 1, 1)
+    statistics = torch.tensor([processor.image_mean, processor.image_std], dtype=torch.float32, device="cpu")
+    mean, std = to_device(statistics, pixels.device).view(2, -1, 1, 1)
     return (pixels * processor.rescale_factor - mean) / std

@@ -9,6 +9,8 @@ from accelerate.state import GradientState
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fambav_training.machine.transfer import to_device
+
 
 class StreamLoader(DataLoaderStateMixin):
     """Whole batches of a stream on the device of this process.
@@ -41,7 +43,7 @@ class StreamLoader(DataLoaderStateMixin):
                 following = next(batches, None)
                 goes_on = self._all_have(following)
                 self.end_of_dataloader = not goes_on
-                yield tuple(tensor.to(self._accelerator.device) for tensor in batch)
+                yield tuple(to_device(tensor, self._accelerator.device) for tensor in batch)
                 batch = following
         finally:
             self.end()

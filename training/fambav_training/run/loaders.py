@@ -44,7 +44,7 @@ def create_loaders(
             collate_fn=_whole_batch,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=not is_cached and accelerator.device.type == "cuda",
+            pin_memory=accelerator.device.type == "cuda",
         )
 
     train = loader(images.train, args.max_train_samples, args.per_device_train_batch_size, True)

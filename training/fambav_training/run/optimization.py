@@ -1,14 +1,18 @@
-"""Optimizer and weight average of the recipe: AdamW (0.9, 0.999), decay only where Vim decays, and an EMA.
+"""Optimizer, schedule and weight average of the recipe: AdamW (0.9, 0.999), decay only where Vim decays, and an EMA.
 
-Muon, which the paper does not use, is the other choice for the large matrices of the layers.
+Muon, which the paper does not use, is the other choice for the large matrices of the layers. A step that must not be
+taken is skipped by the device itself (`step_unless`), so that the program need not wait for the loss.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
+from transformers import get_scheduler
 
 from modeling_fambav import FambaVPreTrainedModel
 
@@ -22,7 +26,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Muon orthogonalises the update of a matrix (Jordan et al., 2024, kellerjordan.github.io/posts/muon). Its step is
     scaled to the size of AdamW's (Liu et al., 2025, arXiv:2502.16982), so that both take one learning rate.
+
+    As torch's fused optimizers, it divides the gradients by the attribute `grad_scale` and takes no step where
+    `found_inf` is 1, if somebody has set them; both are tensors on the device of the parameters.
     """
+
+    _step_supports_amp_scaling = True  # by which torch's GradScaler knows
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
         self._parts = muon, adamw
@@ -36,8 +47,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            part.step()
+        muon, adamw = self._parts
+        adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
+        adamw.step()
+        parameters = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
+        if self.grad_scale is not None:
+            torch._foreach_div_([parameter.grad for parameter in parameters], self.grad_scale)
+        if self.found_inf is None:
+            muon.step()
+        elif self.found_inf.device.type != "cpu":
+            _step_and_take_back(muon, parameters, self.found_inf != 0)
+        elif self.found_inf == 0:  # costs no wait there
+            muon.step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -54,6 +75,48 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, name in zip(self._parts, ("muon", "adamw")):
             part.load_state_dict(state_dict[name])
         self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+
+@torch.no_grad()
+def _step_and_take_back(optimizer: torch.optim.Optimizer, parameters: list[Tensor], is_bad: Tensor) -> None:
+    """A step of an optimizer that cannot skip one: where `is_bad` holds, everything is put back afterwards."""
+    states = [optimizer.state[parameter] for parameter in parameters]
+    before = [parameter.clone() for parameter in parameters]
+    states_before = [{name: value.clone() for name, value in state.items()} for state in states]
+    optimizer.step()
+    for parameter, old in zip(parameters, before):
+        torch.where(is_bad, old, parameter, out=parameter)
+    for state, old in zip(states, states_before):
+        for name, value in state.items():  # one that the step has made was zero before
+            torch.where(is_bad, old.get(name, torch.zeros_like(value)), value, out=value)
+
+
+@torch.no_grad()
+def step_unless(optimizer: AcceleratedOptimizer, is_bad: Tensor) -> None:
+    """One step, or none if `is_bad` holds, a truth value on the device; nobody waits for it.
+
+    With float16, the gradients' scaler takes no step and halves its scale, as at an overflow.
+    """
+    inner = optimizer.optimizer
+    if optimizer.scaler is None:
+        inner.found_inf = is_bad.float()
+        optimizer.step()
+        inner.found_inf = None
+        return
+    # The scaler looks at gradients, and those of an infinite loss may be finite
+    gradient = next(p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None)
+    gradient.masked_fill_(is_bad, torch.nan)
+    optimizer.step()
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer | AcceleratedOptimizer, name: str, warmup_ratio: float, num_steps: int
+) -> LambdaLR:
+    """The learning rate of each of `num_steps` steps: linear warm-up in this share of them, then `name`'s own way.
+
+    It counts optimizer steps, so it is not for `accelerator.prepare`, which steps a schedule once per process.
+    """
+    return get_scheduler(name, optimizer, round(warmup_ratio * num_steps), num_steps)
 
 
 def create_optimizer(
@@ -75,16 +138,32 @@ def create_optimizer(
     return MuonWithAdamW(muon, adamw)
 
 
-def create_weight_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights.
+class WeightAverage(AveragedModel):
+    """Exponential moving average of the weights of a model, in `module`.
 
     The decay is at most (1 + n) / (10 + n) at update n, so that the average forgets the initial weights also in
-    short runs.
+    short runs. The number of updates stays on the host: torch's own update copies it to the device and back.
     """
 
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], num_updates: Tensor | int) -> None:
-        num_updates = int(num_updates)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + num_updates) / (10 + num_updates)))
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self._decay = decay
 
-    return AveragedModel(model, multi_avg_fn=update)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the present weights in; the first ones are taken as they are."""
+        num_updates = int(self.n_averaged)
+        decay = min(self._decay, (1 + num_updates) / (10 + num_updates)) if num_updates else 0.0
+        averaged, current = (list(module.parameters()) for module in (self.module, model))
+        if decay == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        for own, other in zip(self.module.buffers(), model.buffers()):
+            own.copy_(other)
+        self.n_averaged += 1
+
+
+def create_weight_average(model: nn.Module, decay: float) -> WeightAverage:
+    """Exponential moving average of the weights, with at most this decay."""
+    return WeightAverage(model, decay)

@@ -38,7 +38,7 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         cpu=args.cpu,
         # The order of the images is a function of seed and epoch
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
         log_with=args.report_to if args.with_tracking else None,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / LOGS),
     )

@@ -3,6 +3,10 @@
 A run can stop at any step and resume as if it had not: the order of the images is a function of the seed and the
 epoch, and all other randomness of a batch (augmentation, dropped paths) of the seed, the epoch, the batch and the
 process.
+
+A step asks for no value of the device. What follows from its loss (`_settle`: to stop, to count it, the schedule, the
+average of the weights) waits until the device has the gradients of the next step to compute, and comes before that
+step changes a weight. Steps that are logged, saved or the last of an epoch are settled at once.
 """
 
 import dataclasses
@@ -22,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from transformers.image_processing_utils import BaseImageProcessor
 
 from fambav_training.data.augmentation import Augmentation, mixed_cross_entropy
@@ -30,6 +33,7 @@ from fambav_training.data.pixels import normalize
 from fambav_training.evaluation.metrics import evaluate
 from fambav_training.machine.memory import give_back_freed_memory
 from fambav_training.machine.provenance import peak_memory_bytes, used_memory_bytes
+from fambav_training.machine.transfer import LateValues
 from fambav_training.run.arguments import TrainingArguments
 from fambav_training.run.checkpointing import (
     CheckpointError,
@@ -42,7 +46,7 @@ from fambav_training.run.checkpointing import (
 from fambav_training.run.distillation import Teacher, distillation_loss
 from fambav_training.run.interruption import Interrupted, Interruption
 from fambav_training.run.log import MetricsLog
-from fambav_training.run.optimization import create_optimizer, create_weight_average
+from fambav_training.run.optimization import create_optimizer, create_schedule, create_weight_average, step_unless
 from fambav_training.teacher.views import TeacherViews
 from modeling_fambav import FambaVForImageClassification
 from modeling_fambav.backends import uses_cpu_kernels
@@ -70,6 +74,23 @@ class Position:
     nonfinite_steps: int = 0
     start_memory_bytes: int = 0
     peak_memory_bytes: int = 0
+
+
+@dataclass
+class _Step:
+    """An optimizer step whose loss is not known yet.
+
+    Attributes:
+        values: its mean loss and, of several processes, the signal to stop by.
+        position, num_batches: where the run and accelerate's count of batches were before it.
+        pixels, labels: its last batch.
+    """
+
+    values: LateValues
+    position: Position
+    num_batches: int
+    pixels: Tensor
+    labels: Tensor
 
 
 class Trainer:
@@ -109,16 +130,15 @@ class Trainer:
             )
         self.weight_average = create_weight_average(accelerator.unwrap_model(self.model), args.ema_decay)
         self.num_steps = args.max_train_steps or args.num_train_epochs * self._steps_per_epoch()
-        # Not prepared: accelerate steps a prepared schedule once per process; this one counts optimizer steps.
-        self.schedule = get_scheduler(
-            args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
-        )
+        self.schedule = create_schedule(self.optimizer, args.lr_scheduler_type, args.warmup_ratio, self.num_steps)
         accelerator.register_for_checkpointing(self.weight_average, self.schedule)
         self.position = Position()
         self._batch_losses: list[Tensor] = []  # of the optimizer step that is being accumulated
+        self._unsettled: _Step | None = None
         self._logged_losses: list[float] = []  # since the last line of the log
         self.last_loss: float | None = None  # the mean of the last line of the log
         self._stop_signal = 0
+        self._stopwatch = 0.0, 0.0  # since when seconds and processor seconds are not counted yet
 
     def _batches_per_epoch(self) -> int | None:
         """Unknown for a stream."""
@@ -168,7 +188,7 @@ class Trainer:
             disable=not self.accelerator.is_local_main_process,
         )
         while position.step < self.num_steps:
-            started, processor_started = time.perf_counter(), time.process_time()
+            self._stopwatch = time.perf_counter(), time.process_time()
             for batch in self._rest_of_epoch():
                 pixels, labels, *rows = batch
                 is_update = self._train_batch(pixels, labels, interruption, *rows)
@@ -177,17 +197,23 @@ class Trainer:
                 if not is_update:
                     continue
                 progress.update()
-                position.train_seconds += time.perf_counter() - started
-                position.processor_seconds += time.process_time() - processor_started
-                if position.step % self.args.logging_steps == 0:
+                step = position.step + 1  # settled or not
+                is_logged = step % self.args.logging_steps == 0
+                is_saved = isinstance(checkpointing_steps, int) and step % checkpointing_steps == 0
+                if is_logged or is_saved or step == self.num_steps or self._stop_signal:
+                    self._settle()
+                self._take_time()
+                if is_logged:
                     log.write(self._record(progress))
-                if position.step == self.num_steps:
+                if step == self.num_steps:
                     break
-                if isinstance(checkpointing_steps, int) and position.step % checkpointing_steps == 0:
+                if is_saved:
                     self.save_checkpoint()
                 if self._stop_signal:
                     self._stop(progress)
-                started, processor_started = time.perf_counter(), time.process_time()
+                self._stopwatch = time.perf_counter(), time.process_time()  # logs and checkpoints are not counted
+            self._settle()
+            self._take_time()
             if position.batch == 0:
                 raise ValueError(
                     f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: expected at most the "
@@ -203,6 +229,13 @@ class Trainer:
                 self.save_checkpoint()
         progress.close()
         self._measure_memory()
+
+    def _take_time(self) -> None:
+        """Add the time since the last call, or since `_stopwatch` was set."""
+        now, processor_now = time.perf_counter(), time.process_time()
+        self.position.train_seconds += now - self._stopwatch[0]
+        self.position.processor_seconds += processor_now - self._stopwatch[1]
+        self._stopwatch = now, processor_now
 
     def _measure_memory(self) -> None:
         position = self.position
@@ -253,39 +286,55 @@ class Trainer:
             self._batch_losses.append(loss.detach())
             if not accelerator.sync_gradients:
                 return False
-            loss, self._stop_signal = self._agree(interruption)
-            if math.isfinite(loss):
-                self._logged_losses.append(loss)
-                self.optimizer.step()
-            else:
-                self._handle_nonfinite(loss, pixels, labels)
-            self.optimizer.zero_grad()
-        self.schedule.step()
-        self.weight_average.update_parameters(accelerator.unwrap_model(self.model))
-        position.step += 1
+            self._settle()  # the step before this one
+            self._unsettled = self._take_step(interruption, pixels, labels)
         return True
 
-    def _agree(self, interruption: Interruption) -> tuple[float, int]:
-        """The mean loss of this step, and the signal to stop by if any process got one: the same everywhere."""
-        loss = torch.stack(self._batch_losses).mean()
+    def _take_step(self, interruption: Interruption, pixels: Tensor, labels: Tensor) -> _Step:
+        """Change the weights, unless the loss is not finite, which the device decides."""
+        accelerator = self.accelerator
+        values = torch.stack(self._batch_losses).mean().unsqueeze(0)
         self._batch_losses.clear()
-        if self.accelerator.num_processes == 1:
-            return loss.item(), interruption.signal_number
-        own = torch.stack((loss, loss.new_tensor(interruption.signal_number))).unsqueeze(0)
-        losses, signals = self.accelerator.gather(own).unbind(-1)
-        return losses.mean().item(), int(signals.max().item())
+        if accelerator.num_processes == 1:
+            self._stop_signal = interruption.signal_number
+        else:  # all have to stop at the same step, and by the same losses
+            signal_number = torch.full_like(values, interruption.signal_number)
+            losses, signals = accelerator.gather(torch.stack((values, signal_number), -1)).unbind(-1)
+            values = torch.stack((losses.mean(), signals.max()))
+        step_unless(self.optimizer, ~values[0].isfinite())
+        self.optimizer.zero_grad()
+        position = dataclasses.replace(self.position)
+        return _Step(LateValues(values), position, accelerator.step, pixels, labels)
 
-    def _handle_nonfinite(self, loss: float, pixels: Tensor, labels: Tensor) -> None:
+    def _settle(self) -> None:
+        """Wait for the loss of the last step, and do what follows from it."""
+        if self._unsettled is None:
+            return
+        step, self._unsettled = self._unsettled, None
+        loss, *signal_number = step.values.read()
+        if signal_number:
+            self._stop_signal = int(signal_number[0])
+        if math.isfinite(loss):
+            self._logged_losses.append(loss)
+        else:
+            self._handle_nonfinite(loss, step)
+        self.schedule.step()
+        self.weight_average.update_parameters(self.accelerator.unwrap_model(self.model))
+        self.position.step += 1
+
+    def _handle_nonfinite(self, loss: float, bad: _Step) -> None:
         if self.args.nonfinite_loss == "skip":
             self.position.nonfinite_steps += 1
             return
+        self.position, self.accelerator.step = bad.position, bad.num_batches
         step, learning_rate = self.position.step + 1, self.schedule.get_last_lr()[0]
         folder = self.args.output_dir / f"nonfinite_step_{step:06d}"
         if self.accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         save_checkpoint(self.accelerator, folder, self._state())
         if self.accelerator.is_main_process:
-            save_file({"pixels": pixels.cpu().contiguous(), "labels": labels.cpu()}, folder / "batch.safetensors")
+            batch = {"pixels": bad.pixels.cpu().contiguous(), "labels": bad.labels.cpu()}
+            save_file(batch, folder / "batch.safetensors")
         raise NonFiniteLossError(
             f"the loss is {loss} at step {step}, learning rate {learning_rate:.2g}; the weights before that step and "
             f"its last batch are in {folder}, to look at. Resume with --nonfinite_loss skip, or train anew with a "
