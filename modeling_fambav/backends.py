@@ -29,8 +29,8 @@ class _Backend(NamedTuple):
 # By device, the first one that works is chosen.
 _BACKENDS = {
     "numba": _Backend("numba", "numba", ("cpu",)),
-    "mamba-ssm": _Backend("mamba_ssm", "mamba-ssm", ("cuda",)),
     "triton": _Backend("triton", "triton", ("cuda",)),
+    "mamba-ssm": _Backend("mamba_ssm", "mamba-ssm", ("cuda",)),
     "torch": _Backend("torch", "torch", None),
 }
 # Backends with kernels of ours for the whole mixer; the others are functions of their own.

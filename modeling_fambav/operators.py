@@ -16,6 +16,7 @@ import torch
 _SOURCES = (
     "backends",
     "bidirectional_scan",
+    "bidirectional_scan_mamba_ssm",
     "causal_conv1d",
     "causal_conv1d_numba",
     "causal_conv1d_triton",

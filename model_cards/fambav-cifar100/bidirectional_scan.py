@@ -3,20 +3,29 @@
 `bidirectional_scan` is one operator on the kernels of ours: it keeps only its inputs, the chosen (dt, B, C) and a few
 states, and its backward pass computes the convolution and the time steps again. They are cheap, and storing them would
 double the memory of a layer. `bidirectional_scan_in_parts` is the same from separate operators, with their own
-gradients: the path of other backends, and the reference in tests. Names are those of `selective_scan.py`, and
+gradients: the path of plain torch, and the reference in tests. Names are those of `selective_scan.py`, and
 
     R               time_step_rank
     xz (B,T,2E)     output of in_proj: input x and gate z
     chosen (G,B*T,R+2N)  what x_proj chooses by the input: low-rank dt, B and C
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .backends import HAS_KERNELS, selective_scan_backend, states_shape
+from .backends import HAS_KERNELS, provides, selective_scan_backend, states_shape
 from .causal_conv1d import conv_kernels, conv_on
 from .operators import define
 from .selective_scan import scan_kernels, scan_on
+
+
+@provides("mamba-ssm")
+def _mamba_ssm_scan() -> Callable:
+    from .bidirectional_scan_mamba_ssm import bidirectional_scan
+
+    return bidirectional_scan
 
 
 def bidirectional_scan(
@@ -52,6 +61,8 @@ def bidirectional_scan(
     arguments = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, dt_scale)
     if backend in HAS_KERNELS:
         return _scan(*arguments, torch.is_grad_enabled(), backend)[0]
+    if backend == "mamba-ssm":
+        return _mamba_ssm_scan()(*arguments)
     return bidirectional_scan_in_parts(backend, *arguments)
 
 

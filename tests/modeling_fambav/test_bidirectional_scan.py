@@ -10,6 +10,10 @@ from torch import Tensor
 from modeling_fambav import backends, set_selective_scan_backend
 from modeling_fambav.bidirectional_scan import _scan, bidirectional_scan, bidirectional_scan_in_parts
 from support.helpers import gradient_of, random_tensor, scan_inputs, tolerance
+from support.mamba_packages import stand_in_for_mamba_ssm
+
+# The function of the same name hides it
+mixer_module = importlib.import_module("modeling_fambav.bidirectional_scan")
 
 GPU = pytest.mark.gpu
 # (batch, tokens, channels, state, rank, taps)
@@ -56,6 +60,19 @@ def results_of(function, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
 
 
+def assert_close(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Results for inputs of a dtype against those in float64."""
+    for name, tensor in results.items():
+        assert tensor.dtype == (dtype if name in ("out", "xz") else torch.float32)
+        scale = expected[name].abs().max().clamp(min=1)  # gradients of parameters are sums over all tokens
+        torch.testing.assert_close(
+            tensor.double() / scale,
+            expected[name] / scale,
+            **tolerance("scan", dtype),
+            msg=lambda msg, name=name: f"{name}: {msg}",
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend, device, shape", CASES, ids=str)
 def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
@@ -67,15 +84,7 @@ def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
     set_selective_scan_backend(backend)
     results = results_of(bidirectional_scan, inputs)
     assert results.keys() == expected.keys() == (inputs.keys() | {"out"}) - {"dt_scale"}
-    for name, tensor in results.items():
-        assert tensor.dtype == (dtype if name in ("out", "xz") else torch.float32)
-        scale = expected[name].abs().max().clamp(min=1)  # gradients of parameters are sums over all tokens
-        torch.testing.assert_close(
-            tensor.double() / scale,
-            expected[name] / scale,
-            **tolerance("scan", dtype),
-            msg=lambda msg: f"{name}: {msg}",
-        )
+    assert_close(results, expected, dtype)
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
@@ -157,3 +166,52 @@ def test_autocast_computes_matrix_products_in_its_dtype():
         results = results_of(bidirectional_scan, inputs)
     for name, tensor in results.items():
         assert torch.equal(tensor, expected[name])
+
+
+# ---- mamba-ssm and causal-conv1d, on the CPU by stand-ins for their kernels ----
+
+
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    stand_in_for_mamba_ssm(monkeypatch)
+    mixer_module._mamba_ssm_scan.cache_clear()
+    monkeypatch.setattr(mixer_module, "selective_scan_backend", lambda tensor: "mamba-ssm")
+    yield
+    mixer_module._mamba_ssm_scan.cache_clear()
+
+
+@pytest.mark.parametrize("has_scale", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 33, 3, 2, 4), (1, 33, 40, 4, 3, 3), (3, 13, 192, 16, 6, 4)], ids=str)
+def test_mamba_ssm_and_causal_conv1d(mamba_ssm, shape, dtype, has_scale):
+    inputs = mixer_inputs(*shape, dtype=dtype)
+    if not has_scale:
+        del inputs["dt_scale"]
+    results = results_of(bidirectional_scan, inputs)
+    in_parts = partial(bidirectional_scan_in_parts, "torch")
+    expected = results_of(in_parts, {name: tensor.double() for name, tensor in inputs.items()})
+    assert results.keys() == expected.keys() and results["out"].dtype == dtype
+    assert_close(results, expected, dtype)
+
+
+def test_one_direction_on_mamba_ssm(mamba_ssm):
+    inputs = {
+        name: tensor if name in ("xz", "dt_scale") else tensor[:1]
+        for name, tensor in mixer_inputs(2, 5, 16, 4, 2, 4).items()
+    }
+    expected = bidirectional_scan_in_parts("torch", **inputs)
+    torch.testing.assert_close(bidirectional_scan(**inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_turned_round_twice(mamba_ssm):
+    inputs = mixer_inputs(2, 5, 16, 4, 2, 4)
+    del inputs["dt_scale"]
+    with torch.profiler.profile() as profile:
+        bidirectional_scan(**inputs)
+    (flips,) = (event.count for event in profile.key_averages() if event.key == "aten::flip")
+    assert flips == 2  # the input, and the output of the backward direction
+
+
+def test_taps_that_causal_conv1d_does_not_know(mamba_ssm):
+    with pytest.raises(ValueError, match=r"conv_kernel 1: the backend 'mamba-ssm' expects one of \(2, 3, 4\)"):
+        bidirectional_scan(**mixer_inputs(1, 3, 16, 2, 1, 1))

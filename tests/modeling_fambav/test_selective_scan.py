@@ -3,13 +3,10 @@
 import functools
 import math
 import multiprocessing
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import modeling_fambav.selective_scan as scan_module
@@ -30,6 +27,7 @@ from support.helpers import (
     scan_with_gradients,
     tolerance,
 )
+from support.mamba_packages import stand_in_for_mamba_ssm
 
 
 def reference(**inputs: Tensor | None) -> Tensor:
@@ -437,37 +435,9 @@ def test_compiled_functions_equal_eager_ones(backend):
 # ---- mamba-ssm, on the CPU by a stand-in for its kernel ----
 
 
-def documented_selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
-    """What mamba-ssm documents. u, delta (batch, channels, length); A (channels, N); B, C (batch, groups, N, length).
-
-    Its CUDA kernel wants float32 parameters, B and C in the dtype of u, and a last stride of 1.
-    """
-    assert all(tensor.dtype == torch.float32 for tensor in (A, D, delta_bias) if tensor is not None)
-    assert all(tensor.dtype == u.dtype and tensor.stride(-1) == 1 for tensor in (u, delta, B, C))
-    assert z is None  # it knows no gate that both directions share
-    dtype, channels, length = u.dtype, u.shape[1], u.shape[2]
-    u, delta, B, C = u.float(), delta.float(), B.float(), C.float()
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    B, C = (tensor.repeat_interleave(channels // tensor.shape[1], dim=1) for tensor in (B, C))
-    state, y = u.new_zeros(u.shape[0], channels, A.shape[1]), []
-    for t in range(length):
-        drive = (delta[:, :, t] * u[:, :, t]).unsqueeze(-1) * B[..., t]
-        state = torch.exp(delta[:, :, t, None] * A) * state + drive
-        y.append((state * C[..., t]).sum(-1) + D * u[:, :, t])
-    return torch.stack(y, dim=2).to(dtype)
-
-
 @pytest.fixture
 def fake_mamba_ssm(monkeypatch):
-    interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
-    interface.selective_scan_fn = documented_selective_scan_fn
-    for name in ("mamba_ssm", "mamba_ssm.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    monkeypatch.delitem(sys.modules, "modeling_fambav.selective_scan_mamba_ssm", raising=False)
+    stand_in_for_mamba_ssm(monkeypatch)
     scan_module._mamba_ssm_scan.cache_clear()
     monkeypatch.setattr(scan_module, "selective_scan_backend", lambda tensor: "mamba-ssm")
 
