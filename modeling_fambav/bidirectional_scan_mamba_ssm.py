@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from causal_conv1d import causal_conv1d_fn
+    # The package, not our file of the same name
+    from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:  # within `try`, because transformers loads no remote code whose other imports are missing
     raise
 
