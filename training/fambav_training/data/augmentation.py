@@ -9,6 +9,8 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
+from fambav_training.machine.transfer import to_device
+
 
 class Targets(NamedTuple):
     """Labels of images that may each be a mix of two.
@@ -82,8 +84,8 @@ class Augmentation:
         # Not kornia's, whose shares are uniform instead of Beta(alpha, alpha)
         batch_size = len(images)
         alpha = torch.full((batch_size,), self._mixup_alpha)
-        weights = torch.distributions.Beta(alpha, alpha).sample().to(images.device)
-        order = torch.randperm(batch_size).to(images.device)
+        weights = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
+        weights, order = (to_device(draw, images.device) for draw in (weights, torch.randperm(batch_size)))
         mixed = images.lerp(images[order], (1 - weights).view(-1, 1, 1, 1))
         return mixed, Targets(labels, labels[order], weights)
 

@@ -1,0 +1,85 @@
+"""A step reads no value of a tensor that lies on the device, so that the program never waits for the device.
+
+On a CPU every tensor is on the host. What is looked for are the calls that read a value, whatever the device. Crops are
+left out: kornia reads where they are, but draws that on the host.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fambav_training.machine.transfer import LateValues
+from fambav_training.run.optimization import WeightAverage
+from fambav_training.run.trainer import Trainer
+from support.training_runs import train_here
+
+_READING = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+class _Reads(TorchFunctionMode):
+    """Notes every call that reads a value, but for those inside functions that may."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.is_allowed = [], False
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        name = getattr(function, "__name__", "")
+        if name in _READING and not self.is_allowed:
+            self.names.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Iterator[_Reads]:
+    """What the steps of a run read, apart from losses that are a step old and the count of weight averages."""
+    mode = _Reads()
+
+    def watched(train_batch):
+        def step(self, *arguments):
+            with mode:
+                return train_batch(self, *arguments)
+
+        return step
+
+    def allowed(function):
+        def call(*arguments):
+            mode.is_allowed = True
+            try:
+                return function(*arguments)
+            finally:
+                mode.is_allowed = False
+
+        return call
+
+    monkeypatch.setattr(Trainer, "_train_batch", watched(Trainer._train_batch))
+    monkeypatch.setattr(LateValues, "read", allowed(LateValues.read))
+    # Its counter is on the host on every device, see WeightAverage
+    monkeypatch.setattr(WeightAverage, "update_parameters", allowed(WeightAverage.update_parameters))
+    yield mode
+
+
+@pytest.mark.parametrize("read", [Tensor.item, Tensor.tolist, Tensor.cpu, bool, int, float], ids=lambda f: f.__name__)
+def test_reading_is_noticed(read):
+    with _Reads() as reads:
+        read(torch.ones(()))
+    assert len(reads.names) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fusion_strategy": "none"},
+        {"fusion_strategy": "upper", "mixed_precision": "bf16"},
+        {"horizontal_flip_prob": 0.5},
+        {"mixup_alpha": 0.8},
+        {"random_erasing_prob": 0.25},
+    ],
+    ids=str,
+)
+def test_a_step_reads_nothing(reads, tmp_path, changes):
+    train_here(tmp_path, max_train_steps=3, **changes)
+    assert reads.names == []
