@@ -1,10 +1,8 @@
 """A step reads no value of a tensor that lies on the device, so that the program never waits for the device.
 
-On a CPU every tensor is on the host. What is looked for are the calls that read a value, whatever the device. Crops are
-left out: kornia reads where they are, but draws that on the host.
+On a CPU every tensor is on the host. What is looked for are the calls that read a value, whatever the device. Crops
+are left out: kornia reads where they are, but draws that on the host.
 """
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,7 +32,7 @@ class _Reads(TorchFunctionMode):
 
 
 @pytest.fixture
-def reads(monkeypatch) -> Iterator[_Reads]:
+def reads(monkeypatch) -> _Reads:
     """What the steps of a run read, apart from losses that are a step old and the count of weight averages."""
     mode = _Reads()
 
@@ -59,7 +57,7 @@ def reads(monkeypatch) -> Iterator[_Reads]:
     monkeypatch.setattr(LateValues, "read", allowed(LateValues.read))
     # Its counter is on the host on every device, see WeightAverage
     monkeypatch.setattr(WeightAverage, "update_parameters", allowed(WeightAverage.update_parameters))
-    yield mode
+    return mode
 
 
 @pytest.mark.parametrize("read", [Tensor.item, Tensor.tolist, Tensor.cpu, bool, int, float], ids=lambda f: f.__name__)
