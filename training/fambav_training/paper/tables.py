@@ -55,8 +55,9 @@ SCALES: dict[str, dict[str, Any]] = {
         "random_erasing_prob": 0.0,
         "ema_decay": 0.999,
     },
-    # The model and recipe of model_cards/fambav-cifar100 (configs/cifar100_distilled.yaml) for few epochs: a teacher's
-    # predictions teach so much faster than labels that accuracies come apart. Not the paper's recipe.
+    # The model and recipe of model_cards/fambav-cifar100 (configs/cifar100_distilled.yaml) for few epochs, with that
+    # checkpoint as the teacher: its predictions teach so much faster than labels that accuracies come apart. Not the
+    # paper's recipe.
     "distilled": {
         **_CIFAR100,
         **_PATCHES_OF_32_PX,
@@ -69,7 +70,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "distillation_loss": "standardized",
         "distillation_temperature": 2.0,
         "optimizer": "muon",
-        "num_train_epochs": 6,
+        "num_train_epochs": 5,
         "per_device_train_batch_size": 128,
         "learning_rate": 2e-3,
         "weight_decay": 0.05,
