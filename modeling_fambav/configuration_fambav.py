@@ -5,12 +5,13 @@ into one number per layer, and the model only reads those numbers.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+
+from .field_validators import auto_or_integer, image_size_or_pair, integer, number
 
 # The paper gives its budgets for 24 layers; other depths use the same fraction of the stack.
 _PAPER_NUM_LAYERS = 24
@@ -23,41 +24,6 @@ _PRESETS = {
     "vim-s": {"hidden_size": 384},
     "vim-b": {"hidden_size": 768},
 }
-
-
-def _integer(minimum: int) -> Callable[[Any], None]:
-    """Validator of an optional integer that must be at least `minimum`."""
-
-    def validate_integer(value: Any) -> None:
-        if value is None or isinstance(value, str):  # the field's own type says whether these are allowed
-            return
-        if isinstance(value, bool) or value < minimum:
-            raise ValueError(f"expected an integer >= {minimum}, got {value!r}")
-
-    return validate_integer
-
-
-def _number(minimum: float, maximum: float = math.inf, open_maximum: bool = False) -> Callable[[Any], None]:
-    """Validator of a finite number in [minimum, maximum], or [minimum, maximum) with `open_maximum`."""
-
-    def validate_number(value: Any) -> None:
-        too_large = value >= maximum if open_maximum else value > maximum
-        if isinstance(value, bool) or not math.isfinite(value) or value < minimum or too_large:
-            closing = ")" if open_maximum else "]"
-            raise ValueError(f"expected a finite number in [{minimum}, {maximum}{closing}, got {value!r}")
-
-    return validate_number
-
-
-def _image_size(value: Any) -> None:
-    sides = value if isinstance(value, (list, tuple)) else (value, value)
-    if len(sides) != 2 or any(isinstance(side, bool) or side < 1 for side in sides):
-        raise ValueError(f"expected a positive integer or a pair (height, width) of them, got {value!r}")
-
-
-def _auto_or_integer(value: Any) -> None:
-    if isinstance(value, str) and value != "auto":
-        raise ValueError(f'expected "auto" or an integer >= 1, got {value!r}')
 
 
 @strict
@@ -127,31 +93,31 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "fambav"
 
-    image_size: int | list[int] | tuple[int, int] = validated_field(_image_size, default=224)
-    patch_size: int = validated_field(_integer(1), default=16)
-    patch_stride: int | None = validated_field(_integer(1), default=None)
-    num_channels: int = validated_field(_integer(1), default=3)
+    image_size: int | list[int] | tuple[int, int] = validated_field(image_size_or_pair, default=224)
+    patch_size: int = validated_field(integer(1), default=16)
+    patch_stride: int | None = validated_field(integer(1), default=None)
+    num_channels: int = validated_field(integer(1), default=3)
     stem_channels: list[int] | None = None
-    hidden_size: int = validated_field(_integer(1), default=192)
-    num_hidden_layers: int = validated_field(_integer(1), default=24)
-    state_size: int = validated_field(_integer(1), default=16)
-    expand: int = validated_field(_integer(1), default=2)
-    conv_kernel: int = validated_field(_integer(1), default=4)
-    time_step_rank: int | str = validated_field([_auto_or_integer, _integer(1)], default="auto")
-    time_step_min: float | int = validated_field(_number(1e-12), default=0.001)
-    time_step_max: float | int = validated_field(_number(1e-12), default=0.1)
-    time_step_floor: float | int = validated_field(_number(1e-12), default=1e-4)
+    hidden_size: int = validated_field(integer(1), default=192)
+    num_hidden_layers: int = validated_field(integer(1), default=24)
+    state_size: int = validated_field(integer(1), default=16)
+    expand: int = validated_field(integer(1), default=2)
+    conv_kernel: int = validated_field(integer(1), default=4)
+    time_step_rank: int | str = validated_field([auto_or_integer, integer(1)], default="auto")
+    time_step_min: float | int = validated_field(number(1e-12), default=0.001)
+    time_step_max: float | int = validated_field(number(1e-12), default=0.1)
+    time_step_floor: float | int = validated_field(number(1e-12), default=1e-4)
     cls_token_position: Literal["head", "middle"] = "head"
-    layer_norm_epsilon: float | int = validated_field(_number(0.0), default=1e-5)
+    layer_norm_epsilon: float | int = validated_field(number(0.0), default=1e-5)
     residual_in_fp32: bool = True
-    drop_path_rate: float | int = validated_field(_number(0.0, 1.0, open_maximum=True), default=0.0)
-    hidden_dropout_prob: float | int = validated_field(_number(0.0, 1.0), default=0.0)
-    initializer_range: float | int = validated_field(_number(1e-12), default=0.02)
+    drop_path_rate: float | int = validated_field(number(0.0, 1.0, open_maximum=True), default=0.0)
+    hidden_dropout_prob: float | int = validated_field(number(0.0, 1.0), default=0.0)
+    initializer_range: float | int = validated_field(number(1e-12), default=0.02)
 
     fusion_strategy: Literal["upper", "none", "all", "interleaved", "lower", "custom"] = "upper"
-    fusion_tokens: int = validated_field(_integer(0), default=9)
-    fusion_start_layer: int | None = validated_field(_integer(0), default=None)
-    fusion_end_layer: int | None = validated_field(_integer(1), default=None)
+    fusion_tokens: int = validated_field(integer(0), default=9)
+    fusion_start_layer: int | None = validated_field(integer(0), default=None)
+    fusion_end_layer: int | None = validated_field(integer(1), default=None)
     fusion_schedule: list[int] | None = None
     fusion_metric: Literal["cosine", "dot", "euclidean"] = "cosine"
     fusion_reduction: Literal["mean", "size_weighted"] = "mean"

@@ -12,10 +12,10 @@ when the same command is given again; runs that are finished are only read. All 
 
 Scales: `paper` (224 px, 24 layers, 300 epochs), `native32` (the same model on 32 px), `nano` (a small model on 32 px,
 for a laptop), `distilled` (the model of model_cards/fambav-cifar100, taught by that checkpoint, whose predictions
-store_teacher_views.py has put into outputs/teacher_views) and `quick` (seconds; says nothing about accuracy). At all of
-them a strategy removes the same share of the tokens as in the paper. `--table ablation` varies how tokens are fused, which the paper leaves open, and
-`--table order` where a fused token stands. Rows that are finished in Table 1, such as the one without fusion, are not
-trained again for another table.
+store_teacher_views.py has put into outputs/teacher_views) and `quick` (seconds; says nothing about accuracy). At all
+of them a strategy removes the same share of the tokens as in the paper. `--table ablation` varies how tokens are
+fused, which the paper leaves open, and `--table order` where a fused token stands. Rows that are finished in Table 1,
+such as the one without fusion, are not trained again for another table.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_fambav import FambaVConfig, FambaVForImageClassification, FambaVModel, backends, unmerge
-from modeling_fambav.modeling_fambav import FambaVDropPath
+from modeling_fambav.layers import FambaVDropPath
 from support.helpers import (
     gradients,
     images,

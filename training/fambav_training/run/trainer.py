@@ -15,7 +15,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from fambav_training.run.distillation import Teacher, distillation_loss
 from fambav_training.run.interruption import Interrupted, Interruption
 from fambav_training.run.log import MetricsLog
 from fambav_training.run.optimization import create_optimizer, create_schedule, create_weight_average, step_unless
+from fambav_training.run.position import Position, Step
 from fambav_training.teacher.views import TeacherViews
 from modeling_fambav import FambaVForImageClassification
 from modeling_fambav.backends import uses_cpu_kernels
@@ -54,43 +54,6 @@ from modeling_fambav.backends import uses_cpu_kernels
 
 class NonFiniteLossError(ValueError):
     """A loss that is NaN or infinite."""
-
-
-@dataclass
-class Position:
-    """How far a run is. `batch` counts those of the epoch that began last, which is number `epoch`, from 0.
-
-    Processor seconds are those of the cores that this process used: unlike the seconds that passed, they hardly change
-    when other work shares the machine. Memory is what was in use at the start of training and at its peak, the largest
-    over all processes that the run was resumed by.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    train_seconds: float = 0.0
-    processor_seconds: float = 0.0
-    images: int = 0
-    nonfinite_steps: int = 0
-    start_memory_bytes: int = 0
-    peak_memory_bytes: int = 0
-
-
-@dataclass
-class _Step:
-    """An optimizer step whose loss is not known yet.
-
-    Attributes:
-        values: its mean loss and, of several processes, the signal to stop by.
-        position, num_batches: where the run and accelerate's count of batches were before it.
-        pixels, labels: its last batch.
-    """
-
-    values: LateValues
-    position: Position
-    num_batches: int
-    pixels: Tensor
-    labels: Tensor
 
 
 class Trainer:
@@ -134,7 +97,7 @@ class Trainer:
         accelerator.register_for_checkpointing(self.weight_average, self.schedule)
         self.position = Position()
         self._batch_losses: list[Tensor] = []  # of the optimizer step that is being accumulated
-        self._unsettled: _Step | None = None
+        self._unsettled: Step | None = None
         self._logged_losses: list[float] = []  # since the last line of the log
         self.last_loss: float | None = None  # the mean of the last line of the log
         self._stop_signal = 0
@@ -290,7 +253,7 @@ class Trainer:
             self._unsettled = self._take_step(interruption, pixels, labels)
         return True
 
-    def _take_step(self, interruption: Interruption, pixels: Tensor, labels: Tensor) -> _Step:
+    def _take_step(self, interruption: Interruption, pixels: Tensor, labels: Tensor) -> Step:
         """Change the weights, unless the loss is not finite, which the device decides."""
         accelerator = self.accelerator
         values = torch.stack(self._batch_losses).mean().unsqueeze(0)
@@ -304,7 +267,7 @@ class Trainer:
         step_unless(self.optimizer, ~values[0].isfinite())
         self.optimizer.zero_grad()
         position = dataclasses.replace(self.position)
-        return _Step(LateValues(values), position, accelerator.step, pixels, labels)
+        return Step(LateValues(values), position, accelerator.step, pixels, labels)
 
     def _settle(self) -> None:
         """Wait for the loss of the last step, and do what follows from it."""
@@ -322,7 +285,7 @@ class Trainer:
         self.weight_average.update_parameters(self.accelerator.unwrap_model(self.model))
         self.position.step += 1
 
-    def _handle_nonfinite(self, loss: float, bad: _Step) -> None:
+    def _handle_nonfinite(self, loss: float, bad: Step) -> None:
         if self.args.nonfinite_loss == "skip":
             self.position.nonfinite_steps += 1
             return
