@@ -30,7 +30,7 @@ from fambav_training.evaluation.scoring import Scorer, load_classifier
 from fambav_training.fusion.settings import STRATEGIES, set_fusion, with_fusion
 from fambav_training.fusion.speed import measured_speedup
 from fambav_training.fusion.sweep import ablation_settings, markdown, sweep, sweep_settings, write_report
-from fambav_training.fusion.targets import fusion_for_speedup, fusion_for_token_share, token_share
+from fambav_training.fusion.targets import fusion_for_share, fusion_for_speedup, token_share
 from fambav_training.machine.memory import keep_freed_memory
 from fambav_training.machine.provenance import environment
 from modeling_fambav import selective_scan_backend
@@ -58,7 +58,7 @@ def find_fusion(scorer: Scorer, strategy: str | None, args: argparse.Namespace) 
     if strategy is None:
         strategy = model.config.fusion_strategy if model.config.fusion_strategy in STRATEGIES else "upper"
     if args.target_tokens is not None:
-        fusion = fusion_for_token_share(model.config, args.target_tokens, strategy)
+        fusion = fusion_for_share(model.config, args.target_tokens, strategy)
     else:
         fusion = fusion_for_speedup(model, pixel_values, args.target_speedup, strategy, measured_speedup)
     # Not one of the measurements by which it was chosen: the chosen one is more often too high than too low

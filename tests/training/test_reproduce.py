@@ -14,11 +14,12 @@ import pytest
 
 import reproduce
 from fambav_training.cli import parse_arguments
+from fambav_training.fusion.multiply_adds import multiply_adds
 from fambav_training.paper import report as table_report
 from fambav_training.paper import runs as table_runs
 from fambav_training.paper import tables as paper_tables
 from fambav_training.paper.runs import Run
-from fambav_training.paper.tables import table_cells
+from fambav_training.paper.tables import model_fields, table_cells
 from fambav_training.run.arguments import TrainingArguments
 from modeling_fambav import FambaVConfig
 from support.child_process import REPOSITORY, run_python
@@ -108,7 +109,7 @@ def markdown_rows(folder: Path, header: str) -> dict[str, dict[str, str]]:
 
 def test_cells_at_224_px_are_those_of_the_paper():
     flags = paper_tables.SCALES["paper"]
-    assert {cell.name: cell.fusion for cell in table_cells("1", flags, "ti")} == {
+    assert {cell.name: cell.fields for cell in table_cells("1", flags, "ti")} == {
         "none": {"fusion_strategy": "none"},
         "all": {"fusion_strategy": "all", "fusion_tokens": 7},
         "interleaved": {"fusion_strategy": "interleaved", "fusion_tokens": 14},
@@ -116,15 +117,15 @@ def test_cells_at_224_px_are_those_of_the_paper():
         "upper": {"fusion_strategy": "upper", "fusion_tokens": 9},
     }
     table_2 = {cell.name: cell for cell in table_cells("2", flags, "ti")}
-    assert table_2["start15"].fusion == {
+    assert table_2["start15"].fields == {
         "fusion_strategy": "upper",
         "fusion_tokens": 15,
         "fusion_start_layer": 14,
     }
-    assert table_2["start2"].fusion == {"fusion_strategy": "upper", "fusion_tokens": 7, "fusion_start_layer": 1}
+    assert table_2["start2"].fields == {"fusion_strategy": "upper", "fusion_tokens": 7, "fusion_start_layer": 1}
     assert list(table_2) == ["none", *(f"start{start}" for start in range(15, 1, -1))]
     assert all(cell.same_as is None for cell in table_2.values())
-    table_3 = {cell.name: cell.fusion for cell in table_cells("3", flags, "ti")}
+    table_3 = {cell.name: cell.fields for cell in table_cells("3", flags, "ti")}
     assert table_3 == {
         "none": {"fusion_strategy": "none"},
         **{f"r{r}": {"fusion_strategy": "upper", "fusion_tokens": r} for r in range(9, 0, -1)},
@@ -174,7 +175,7 @@ def test_starting_layers_that_coincide_are_run_once():
         "start4": "start5",
     }
     for name, other in same_as.items():
-        assert cells[name].fusion == cells[other].fusion
+        assert cells[name].fields == cells[other].fields
     runs = table_runs.table_runs(list(cells.values()), [0], paper_tables.SCALES["nano"], Path("table"), Path("table1"))
     chosen = reproduce.choose_runs(list(cells.values()), runs, ["start12", "start14"])
     assert [run.cell for run in chosen] == ["start13"]
@@ -259,6 +260,7 @@ def test_report_has_the_numbers_of_the_runs_beside_those_of_the_paper(failing, t
         "top-5, %": "89.00",
         "top-5, paper": "90.5",
         "top-1 of averaged weights, %": "51.00",
+        "multiply-adds, M": f"{cells['upper']['multiply_adds'] / 1e6:.1f}",
         "training time": "70.0 s",
         "processor time": "0:01:45",
         "time, paper": "4:08:40",
@@ -270,12 +272,13 @@ def test_report_has_the_numbers_of_the_runs_beside_those_of_the_paper(failing, t
     assert "measured at 224 px" in text and "may not compare" not in text
 
 
-def test_savings_stand_beside_the_limit_that_the_tokens_set(failing, tmp_path):
+def test_savings_stand_beside_the_limit_that_the_multiply_adds_set(failing, tmp_path):
     folder = reproduce_quick(tmp_path)
     cells, rows = read_cells(folder), markdown_rows(folder, "limit")
     saved = cells["upper"]["saved"]
-    lengths = {name: cells[name]["sequence_lengths"] for name in ("none", "upper")}
-    assert saved["tokens"] == pytest.approx(1 - sum(lengths["upper"]) / sum(lengths["none"]))
+    flags = model_fields(paper_tables.SCALES["quick"])
+    work = {name: multiply_adds(FambaVConfig(**flags, **cells[name]["fields"])) for name in ("none", "upper")}
+    assert saved["multiply_adds"] == pytest.approx(1 - work["upper"] / work["none"]) and saved["multiply_adds"] > 0.2
     assert saved["time"] == pytest.approx(0.3) and saved["memory"] == pytest.approx(2 / 7)  # 500 of 700 MiB
     assert rows["upper"]["time"] == "30.0%" and rows["upper"]["memory"] == "28.6%"
     assert rows["upper"]["time, paper"] == "8.9%"  # 4:08:40 of 4:33:02
@@ -314,9 +317,9 @@ def test_ablation_varies_fusion_and_has_no_columns_of_the_paper(failing, tmp_pat
     folder = tmp_path / "ablation_quick"
     cells = read_cells(folder)
     assert list(cells) == ["none", *paper_tables.ABLATION]
-    upper = cells["upper"]["fusion"]
+    upper = cells["upper"]["fields"]
     for name, (_, fields) in paper_tables.ABLATION.items():
-        assert cells[name]["fusion"] == {**upper, **fields}
+        assert cells[name]["fields"] == {**upper, **fields}
         assert cells[name]["sequence_lengths"] == cells["upper"]["sequence_lengths"]
         defaults = FambaVConfig()
         assert all(value != getattr(defaults, field) for field, value in fields.items())
@@ -327,13 +330,29 @@ def test_ablation_varies_fusion_and_has_no_columns_of_the_paper(failing, tmp_pat
 def test_order_has_both_orders_of_rows_of_table_1():
     flags = paper_tables.SCALES["distilled"]
     cells = {cell.name: cell for cell in table_cells("order", flags, "ti")}
-    in_table_1 = {cell.name: cell.fusion for cell in table_cells("1", flags, "ti")}
+    in_table_1 = {cell.name: cell.fields for cell in table_cells("1", flags, "ti")}
     assert list(cells) == ["none", "all", "all_appended", "lower", "lower_appended", "upper", "upper_appended"]
     for name in ("none", "all", "lower", "upper"):
-        assert cells[name].fusion == in_table_1[name] and cells[name].in_table_1 == name
+        assert cells[name].fields == in_table_1[name] and cells[name].in_table_1 == name
     for name in ("all", "lower", "upper"):
         appended = cells[f"{name}_appended"]
-        assert appended.fusion == {**in_table_1[name], "fusion_order": "appended"} and appended.in_table_1 is None
+        assert appended.fields == {**in_table_1[name], "fusion_order": "appended"} and appended.in_table_1 is None
+
+
+@pytest.mark.parametrize("scale", ["distilled", "native32"])
+def test_equal_work_has_unfused_models_of_as_many_multiply_adds(scale):
+    flags = paper_tables.SCALES[scale]
+    cells = {cell.name: cell for cell in table_cells("work", flags, "ti")}
+    assert list(cells) == ["none", "upper", "narrow", "shallow"]
+    assert cells["upper"].in_table_1 == "upper" and cells["none"].in_table_1 == "none"
+    assert cells["narrow"].in_table_1 is None and cells["shallow"].in_table_1 is None
+    configs = {name: FambaVConfig(**{**model_fields(flags), **cell.fields}) for name, cell in cells.items()}
+    of_upper = multiply_adds(configs["upper"])
+    assert multiply_adds(configs["none"]) > 1.4 * of_upper
+    for name, field in (("narrow", "hidden_size"), ("shallow", "num_hidden_layers")):
+        assert configs[name].fusion_strategy == "none"
+        assert getattr(configs[name], field) < flags[field]
+        assert multiply_adds(configs[name]) == pytest.approx(of_upper, rel=0.05)
 
 
 def test_mean_and_deviation_over_seeds(failing, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from fambav_training.fusion.budgets import fused_layers
 from fambav_training.fusion.settings import STRATEGIES, with_fusion
 from fambav_training.fusion.speed import Speedup
-from fambav_training.fusion.targets import fusion_for_speedup, fusion_for_token_share, most_tokens, token_share
+from fambav_training.fusion.targets import fusion_for_share, fusion_for_speedup, most_tokens, token_share
 from modeling_fambav import FambaVConfig
 from support.helpers import tiny_config
 
@@ -33,7 +33,7 @@ def with_number(config: FambaVConfig, strategy: str, tokens: int) -> FambaVConfi
 @pytest.mark.parametrize("config", [FambaVConfig(), quickstart_config()], ids=["paper", "quickstart"])
 def test_share_is_met_on_the_layers_of_the_strategy(config, strategy):
     for share in (0.5, 0.6, 0.75, 0.9, 0.98):
-        fused = with_fusion(config, fusion_for_token_share(config, share, strategy))
+        fused = with_fusion(config, fusion_for_share(config, share, strategy))
         assert token_share(fused) == pytest.approx(share, abs=0.01)
         layers = {layer for layer, removed in enumerate(fused.tokens_removed) if removed}
         assert layers <= set(fused_layers(strategy, config.num_hidden_layers))
@@ -43,7 +43,7 @@ def test_share_is_met_on_the_layers_of_the_strategy(config, strategy):
 def test_share_of_the_papers_budgets_gives_them_back(strategy, tokens):
     config = FambaVConfig(fusion_strategy="none")
     share = token_share(with_number(config, strategy, tokens))
-    assert fusion_for_token_share(config, share, strategy) == {"fusion_strategy": strategy, "fusion_tokens": tokens}
+    assert fusion_for_share(config, share, strategy) == {"fusion_strategy": strategy, "fusion_tokens": tokens}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -52,7 +52,7 @@ def test_schedule_is_taken_only_where_one_number_rounds_badly(strategy):
     shares = [token_share(with_number(config, strategy, tokens)) for tokens in range(1, most_tokens(config) + 1)]
     for share in (0.55, 0.61, 0.7, 0.83, 0.96):
         nearest = min(abs(of_number - share) for of_number in shares)
-        fusion = fusion_for_token_share(config, share, strategy)
+        fusion = fusion_for_share(config, share, strategy)
         if nearest <= 0.01:
             assert fusion["fusion_strategy"] == strategy
         else:
@@ -61,7 +61,7 @@ def test_schedule_is_taken_only_where_one_number_rounds_badly(strategy):
 
 
 def test_schedule_is_even():
-    fusion = fusion_for_token_share(quickstart_config(), 0.82, "all")
+    fusion = fusion_for_share(quickstart_config(), 0.82, "all")
     assert fusion["fusion_strategy"] == "custom"
     assert max(fusion["fusion_schedule"]) - min(fusion["fusion_schedule"]) == 1
 
@@ -70,29 +70,29 @@ def test_layers_that_run_out_of_tokens_do_not_stop_the_search():
     config = tiny_config(num_hidden_layers=24)
     least = token_share(with_number(config, "all", most_tokens(config)))
     for share in (least, least + 0.01, 0.3):
-        fused = with_fusion(config, fusion_for_token_share(config, share, "all"))
+        fused = with_fusion(config, fusion_for_share(config, share, "all"))
         assert token_share(fused) == pytest.approx(share, abs=0.02)
 
 
 def test_at_least_one_token_is_removed():
-    fused = with_fusion(tiny_config(), fusion_for_token_share(tiny_config(), 0.999, "upper"))
+    fused = with_fusion(tiny_config(), fusion_for_share(tiny_config(), 0.999, "upper"))
     assert sum(fused.tokens_removed) == 1
 
 
 def test_own_fusion_does_not_matter_and_stays():
     config = quickstart_config(fusion_strategy="custom", fusion_schedule=[0, 0, 0, 0, 0, 30])
     before = config.to_dict()
-    assert fusion_for_token_share(config, 0.6, "lower") == fusion_for_token_share(quickstart_config(), 0.6, "lower")
+    assert fusion_for_share(config, 0.6, "lower") == fusion_for_share(quickstart_config(), 0.6, "lower")
     assert config.to_dict() == before
 
 
 @pytest.mark.parametrize(
     "share, strategy, expected",
     [
-        (0.1, "upper", r"share of the tokens 0.1: 'upper' fusion of this model leaves at least 0\.\d\d\d"),
-        (0.0, "all", "share of the tokens 0.0: expected a number above 0 and below 1"),
-        (1.0, "all", "share of the tokens 1.0"),
-        (math.nan, "all", "share of the tokens nan"),
+        (0.1, "upper", r"share 0.1: 'upper' fusion of this model leaves at least 0\.\d\d\d"),
+        (0.0, "all", "share 0.0: expected a number above 0 and below 1"),
+        (1.0, "all", "share 1.0"),
+        (math.nan, "all", "share nan"),
         (0.5, "custom", "strategy 'custom': expected one of all, interleaved, lower, upper"),
         (0.5, "none", "strategy 'none'"),
     ],
@@ -100,7 +100,7 @@ def test_own_fusion_does_not_matter_and_stays():
 )
 def test_impossible_shares_are_refused(share, strategy, expected):
     with pytest.raises(ValueError, match=expected):
-        fusion_for_token_share(tiny_config(), share, strategy)
+        fusion_for_share(tiny_config(), share, strategy)
 
 
 # ---- speed ----

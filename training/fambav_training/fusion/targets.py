@@ -1,4 +1,4 @@
-"""How much fusion it takes: to scan a given share of the tokens, or to be a given number of times as fast."""
+"""How much fusion it takes: to leave a given share of tokens or multiply-adds, or to be so many times as fast."""
 
 import statistics
 from collections.abc import Callable
@@ -26,16 +26,19 @@ def most_tokens(config: FambaVConfig) -> int:
     return config.num_patches // 2
 
 
-def fusion_for_token_share(config: FambaVConfig, share: float, strategy: str) -> dict[str, Any]:
-    """Fusion with which the layers scan this share of the unfused tokens, on average.
+def fusion_for_share(
+    config: FambaVConfig, share: float, strategy: str, share_left: Callable[[FambaVConfig], float] = token_share
+) -> dict[str, Any]:
+    """Fusion that leaves this share of what the model has without fusion.
 
     Args:
         config: gives the number of tokens and layers; its own fusion does not matter.
-        share: above 0 and below 1; 0.5 is half the tokens.
+        share: above 0 and below 1; 0.5 is half the tokens, or half of the multiply-adds.
         strategy: `"all"`, `"interleaved"`, `"lower"` or `"upper"`; their layers are fused.
+        share_left: what a configuration leaves of it, `token_share` or `multiply_add_share`.
 
     Returns:
-        the strategy and its `fusion_tokens` if that comes within a hundredth of the unfused tokens. Otherwise a custom
+        the strategy and its `fusion_tokens` if that comes within a hundredth of the share. Otherwise a custom
         schedule that comes nearer, whose layers differ by one token, except for late ones that have fewer left to
         give. At least one token is removed.
 
@@ -44,7 +47,7 @@ def fusion_for_token_share(config: FambaVConfig, share: float, strategy: str) ->
     """
     _check_strategy(strategy)
     if not 0 < share < 1:
-        raise ValueError(f"share of the tokens {share}: expected a number above 0 and below 1")
+        raise ValueError(f"share {share}: expected a number above 0 and below 1")
     order = even_order(fused_layers(strategy, config.num_hidden_layers))
     most = most_tokens(config)
 
@@ -60,7 +63,7 @@ def fusion_for_token_share(config: FambaVConfig, share: float, strategy: str) ->
         return {**fusion, "fusion_schedule": with_fusion(config, fusion).tokens_removed}
 
     def share_of(fusion: dict[str, Any]) -> float:
-        return token_share(with_fusion(config, fusion))
+        return share_left(with_fusion(config, fusion))
 
     def distance(fusion: dict[str, Any]) -> float:
         return abs(share_of(fusion) - share)
@@ -72,9 +75,7 @@ def fusion_for_token_share(config: FambaVConfig, share: float, strategy: str) ->
 
     least_share = share_of(by_number(most))
     if share < least_share:
-        raise ValueError(
-            f"share of the tokens {share}: {strategy!r} fusion of this model leaves at least {least_share:.3f}"
-        )
+        raise ValueError(f"share {share}: {strategy!r} fusion of this model leaves at least {least_share:.3f}")
     fusion = nearest(by_number, most)
     if distance(fusion) <= _TOLERANCE:
         return fusion

@@ -123,7 +123,7 @@ def table_runs(
             run_folder = folder / f"{cell.name}_seed{seed}"
             ours = {"seed": seed, "output_dir": run_folder, "checkpointing_steps": "epoch"}
             resume = {"checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
-            run_flags = {**flags, **cell.fusion, **ours, **resume}
+            run_flags = {**flags, **cell.fields, **ours, **resume}
             table_1_folder = None if cell.in_table_1 is None else table_1 / f"{cell.in_table_1}_seed{seed}"
             runs[cell.name].append(Run(cell.name, seed, run_folder, run_flags, table_1_folder))
     return runs

@@ -1,9 +1,10 @@
-"""The tables of the paper and two of our own: rows, the paper's numbers, and the runs behind them at five scales."""
+"""The tables of the paper and three of our own: rows, the paper's numbers, and the runs behind them at five scales."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fambav_training.fusion.budgets import coinciding_layers, fusion_fields
+from fambav_training.fusion.multiply_adds import multiply_adds
 from modeling_fambav import FambaVConfig
 
 # ---- scales ----
@@ -100,9 +101,9 @@ SCALES: dict[str, dict[str, Any]] = {
 WIDTH_FACTORS = {"ti": 1, "s": 2}
 
 
-def geometry(flags: dict[str, Any]) -> dict[str, int]:
-    """Those flags that say how many layers and tokens there are."""
-    return {name: flags[name] for name in ("image_size", "patch_size", "num_hidden_layers")}
+def model_fields(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those flags that are fields of `FambaVConfig`."""
+    return {name: value for name, value in flags.items() if name in FambaVConfig.__dataclass_fields__}
 
 
 # ---- the paper's tables ----
@@ -191,7 +192,16 @@ ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "euclidean": ("euclidean distance", {"fusion_metric": "euclidean"}),
 }
 # By name: title. Those of numbers are the paper's.
-TABLES = {"1": "Table 1", "2": "Table 2", "3": "Table 3", "ablation": "Ablation", "order": "Order of the tokens"}
+TABLES = {
+    "1": "Table 1",
+    "2": "Table 2",
+    "3": "Table 3",
+    "ablation": "Ablation",
+    "order": "Order of the tokens",
+    "work": "Equal work",
+}
+# Widths that the kernels like
+_WIDTH_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -202,7 +212,7 @@ class Cell:
         name: for folders and `--cells`.
         title: what the paper varies.
         paper: the paper's numbers; None in tables of our own.
-        fusion: fusion fields of `FambaVConfig` that are run for it at this scale.
+        fields: fields of `FambaVConfig` in which it differs at this scale, nearly always those of the fusion.
         same_as: name of the cell that stands for this one, because both start at the same layer of this model.
         in_table_1: name of the row of Table 1 that is the same run, in all other tables.
     """
@@ -210,7 +220,7 @@ class Cell:
     name: str
     title: str
     paper: PaperResult | None
-    fusion: dict[str, Any]
+    fields: dict[str, Any]
     same_as: str | None = None
     in_table_1: str | None = None
 
@@ -218,7 +228,7 @@ class Cell:
 def table_cells(table: str, flags: dict[str, Any], backbone: str) -> list[Cell]:
     """The rows of one of `TABLES` for a model of this size, the one without fusion first."""
     num_layers = flags["num_hidden_layers"]
-    size = num_layers, FambaVConfig(**geometry(flags), fusion_strategy="none").num_patches + 1
+    size = num_layers, FambaVConfig(**model_fields(flags), fusion_strategy="none").num_patches + 1
     of_none = TABLE_1[backbone]["none"] if table.isdigit() else None
     cells = [Cell("none", "no fusion", of_none, {"fusion_strategy": "none"})]
     if table == "1":
@@ -243,6 +253,9 @@ def table_cells(table: str, flags: dict[str, Any], backbone: str) -> list[Cell]:
             cells.append(Cell(strategy, strategy, None, fusion))
             appended = {**fusion, "fusion_order": "appended"}
             cells.append(Cell(f"{strategy}_appended", f"{strategy}, in the published order", None, appended))
+    elif table == "work":
+        upper = fusion_fields("upper", TABLE_1_TOKENS["upper"], *size)
+        cells += [Cell("upper", "upper", None, upper), *_smaller_cells(model_fields(flags), upper)]
     else:
         upper = fusion_fields("upper", TABLE_1_TOKENS["upper"], *size)
         cells += [Cell(name, title, None, {**upper, **fields}) for name, (title, fields) in ABLATION.items()]
@@ -250,6 +263,23 @@ def table_cells(table: str, flags: dict[str, Any], backbone: str) -> list[Cell]:
         return cells
     table_1 = table_cells("1", flags, backbone)
     return [
-        replace(cell, in_table_1=next((other.name for other in table_1 if other.fusion == cell.fusion), None))
+        replace(cell, in_table_1=next((other.name for other in table_1 if other.fields == cell.fields), None))
         for cell in cells
+    ]
+
+
+def _smaller_cells(fields: dict[str, Any], fusion: dict[str, Any]) -> list[Cell]:
+    """Without fusion, a narrower and a shallower model that come nearest to the multiply-adds of the fused one."""
+    work = multiply_adds(FambaVConfig(**fields, **fusion))
+    config = FambaVConfig(**fields)
+
+    def nearest(field: str, values: range) -> dict[str, Any]:
+        candidates = [{"fusion_strategy": "none", field: value} for value in values]
+        return min(candidates, key=lambda changed: abs(multiply_adds(FambaVConfig(**{**fields, **changed})) - work))
+
+    narrow = nearest("hidden_size", range(_WIDTH_STEP, config.hidden_size, _WIDTH_STEP))
+    shallow = nearest("num_hidden_layers", range(1, config.num_hidden_layers))
+    return [
+        Cell("narrow", f"no fusion, {narrow['hidden_size']} wide", None, narrow),
+        Cell("shallow", f"no fusion, {shallow['num_hidden_layers']} layers", None, shallow),
     ]
