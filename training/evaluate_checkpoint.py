@@ -10,9 +10,9 @@ Prints top-1 and top-5 accuracy in percent, and writes them to `--output_file` w
     python training/evaluate_checkpoint.py outputs/demo/none --target_speedup 1.5
     python training/evaluate_checkpoint.py outputs/demo/none --target_tokens 0.5 --fusion_strategy lower
 
-`--sweep` scores without fusion and with every strategy and number of tokens asked for, and leaves a table and a plot
-beside `--output_file`; `--ablate` does so with one field of the fusion changed at a time. A target finds how much
-fusion it takes, and scores with that.
+`--sweep` scores without fusion and with every strategy and number of tokens asked for (or share of the multiply-adds
+saved, or order of the tokens), and leaves a table and a plot beside `--output_file`; `--ablate` does so with one field
+of the fusion changed at a time. A target finds how much fusion it takes, and scores with that.
 """
 
 import argparse
@@ -94,8 +94,14 @@ def check_flags(args: argparse.Namespace, fusion: dict[str, Any]) -> None:
     for name in ("max_eval_samples", "per_device_eval_batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected a number >= 1")
-    if args.sweep_tokens is not None and args.sweep is None:
-        raise ValueError("--sweep_tokens: expected --sweep with it")
+    for name in ("sweep_tokens", "sweep_saved", "sweep_orders"):
+        if getattr(args, name) is not None and args.sweep is None:
+            raise ValueError(f"--{name}: expected --sweep with it")
+    if args.sweep_tokens is not None and args.sweep_saved is not None:
+        raise ValueError("--sweep_tokens: --sweep_saved chooses them, expected one of the two")
+    for share in args.sweep_saved or ():
+        if not 0 < share < 1:
+            raise ValueError(f"--sweep_saved {share}: expected numbers above 0 and below 1")
     # Those that choose the fusion themselves
     modes = [name for name in ("sweep", "target_speedup", "target_tokens") if getattr(args, name) is not None]
     if not modes:
@@ -103,6 +109,8 @@ def check_flags(args: argparse.Namespace, fusion: dict[str, Any]) -> None:
     chosen = {"fusion_tokens", "fusion_start_layer", "fusion_end_layer", "fusion_schedule"}
     if args.sweep is not None:
         chosen.add("fusion_strategy")
+    if args.sweep_orders is not None:
+        chosen.add("fusion_order")
     if given := sorted(chosen & fusion.keys()):
         raise ValueError(f"--{given[0]}: --{modes[0]} chooses it, expected one of the two")
 
@@ -134,6 +142,12 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, Any]]:
         "--target_tokens", type=float, help="score with the fusion that leaves this share of the tokens"
     )
     parser.add_argument("--sweep_tokens", type=int, nargs="+", help="numbers of tokens per layer that --sweep tries")
+    parser.add_argument(
+        "--sweep_saved", type=float, nargs="+", help="instead, shares of the multiply-adds that --sweep saves"
+    )
+    parser.add_argument(
+        "--sweep_orders", nargs="+", choices=("raster", "appended"), help="orders of the tokens that --sweep tries"
+    )
     add_model_flags(parser, prefix="fusion_")
     args = parser.parse_args()
     return args, config_overrides(args)
@@ -145,7 +159,9 @@ def run_sweep(args: argparse.Namespace, scorer: Scorer, conditions: dict[str, An
     if args.ablate:
         settings = ablation_settings(config)
     else:
-        settings = sweep_settings(config, args.sweep or STRATEGIES, args.sweep_tokens)
+        settings = sweep_settings(
+            config, args.sweep or STRATEGIES, args.sweep_tokens, args.sweep_saved, args.sweep_orders
+        )
     report = {
         "model": args.model,
         "batch_size": len(scorer.pixel_values),

@@ -297,6 +297,20 @@ def test_time_saved_is_that_of_the_processor_on_a_cpu_and_of_the_clock_on_a_gpu(
         assert f"### Saved of the {name} and memory without fusion" in (folder / "table.md").read_text()
 
 
+@pytest.mark.parametrize("scale", paper_tables.SCALES)
+def test_finished_runs_of_every_scale_are_read_and_those_of_another_recipe_refused(scale, tmp_path):
+    flags = paper_tables.SCALES[scale]
+    [run] = table_runs.table_runs(table_cells("1", flags, "ti"), [0], flags, tmp_path, tmp_path)["upper"]
+    run.folder.mkdir()
+    results = json.loads(json.dumps(hand_made_results(run)))
+    (run.folder / "all_results.json").write_text(json.dumps(results))
+    assert run.results() == results
+    results["arguments"]["learning_rate"] = 0.5
+    (run.folder / "all_results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"trained with --learning_rate 0\.5, expected 0\.0"):
+        run.results()
+
+
 def test_results_that_are_no_row_of_this_table_are_refused(tmp_path):
     cells = table_cells("1", paper_tables.SCALES["quick"], "ti")
     [run] = table_runs.table_runs(cells, [0], paper_tables.SCALES["quick"], tmp_path, tmp_path)["upper"]

@@ -6,8 +6,10 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
-from fambav_training.fusion.settings import STRATEGIES
+from fambav_training.fusion.multiply_adds import multiply_add_share, multiply_adds
+from fambav_training.fusion.settings import STRATEGIES, with_fusion
 from fambav_training.fusion.sweep import (
+    Setting,
     ablation_settings,
     default_tokens,
     markdown,
@@ -35,13 +37,29 @@ def test_default_numbers_fit_small_models(strategy, image_size):
 def test_settings_begin_without_fusion():
     config = tiny_config(fusion_strategy="custom", fusion_schedule=[0, 3, 3])
     assert sweep_settings(config, ["upper", "all", "upper"], [3, 1, 3]) == [
-        {"fusion_strategy": "none"},
-        {"fusion_strategy": "upper", "fusion_tokens": 1},
-        {"fusion_strategy": "upper", "fusion_tokens": 3},
-        {"fusion_strategy": "all", "fusion_tokens": 1},
-        {"fusion_strategy": "all", "fusion_tokens": 3},
+        ("none", {"fusion_strategy": "none"}),
+        ("upper", {"fusion_strategy": "upper", "fusion_tokens": 1}),
+        ("upper", {"fusion_strategy": "upper", "fusion_tokens": 3}),
+        ("all", {"fusion_strategy": "all", "fusion_tokens": 1}),
+        ("all", {"fusion_strategy": "all", "fusion_tokens": 3}),
     ]
     assert config.fusion_strategy == "custom"
+
+
+def test_settings_by_what_they_save_and_in_both_orders():
+    config = FambaVConfig()
+    unfused, *settings = sweep_settings(config, ["upper", "all"], saved=[0.3, 0.1], orders=["raster", "appended"])
+    assert unfused == ("none", {"fusion_strategy": "none"})
+    assert [(setting.strategy, setting.fusion["fusion_order"]) for setting in settings] == [
+        *2 * [("upper", "raster")],
+        *2 * [("all", "raster")],
+        *2 * [("upper", "appended")],
+        *2 * [("all", "appended")],
+    ]
+    for setting, share in zip(settings, 4 * (0.9, 0.7)):
+        assert multiply_add_share(with_fusion(config, setting.fusion)) == pytest.approx(share, abs=0.01)
+    with pytest.raises(ValueError, match="share 0.1: 'upper' fusion of this model leaves at least"):
+        sweep_settings(config, ["upper"], saved=[0.3, 0.9])
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_measured():
@@ -83,6 +101,8 @@ def test_rows_are_those_of_the_fusion():
         "images_per_second": pytest.approx(5100 / 45),
         "speedup": pytest.approx(51 / 45),
         "validation_images": 40,
+        "multiply_adds": multiply_adds(tiny_config(fusion_strategy="upper", fusion_tokens=2)),
+        "tokens_removed": [0, 2, 2],
         "mean_tokens": 15,
         "tokens_left": 13,
         "sequence_lengths": [17, 15, 13],
@@ -93,7 +113,8 @@ def test_rows_are_those_of_the_fusion():
 def test_ablation_changes_one_field_at_a_time_and_sizes_together():
     config = tiny_config(fusion_strategy="upper", fusion_tokens=2)
     settings = ablation_settings(config)
-    assert settings == [
+    assert [setting.strategy for setting in settings] == ["none", *7 * ["upper"]]
+    assert [setting.fusion for setting in settings] == [
         {"fusion_strategy": "none"},
         {},
         {"fusion_metric": "dot"},
@@ -116,7 +137,7 @@ def test_ablation_changes_one_field_at_a_time_and_sizes_together():
 def test_ablation_starts_from_the_fusion_of_the_model():
     config = tiny_config(fusion_strategy="custom", fusion_schedule=[0, 3, 3], fusion_order="appended")
     config.fusion_scale_time_step = True
-    changes = ablation_settings(config)[2:]
+    changes = [setting.fusion for setting in ablation_settings(config)[2:]]
     assert {"fusion_order": "raster"} in changes and {"fusion_scale_time_step": False} in changes
     assert all(len(change) == 1 for change in changes)
     with pytest.raises(ValueError, match="--ablate: expected a fusion to vary"):
@@ -142,12 +163,25 @@ def make_report(num_rows: int) -> dict:
 
 
 def test_markdown_has_a_line_per_row():
-    text = markdown(make_report(3))
-    assert "| fusion | r | top-1, % | top-5, % | images/s | times as fast | tokens per layer | tokens left |" in text
-    assert "| none   |   | 51.00    | 99.50    | 100      |               | 17.0             | 17          |" in text
-    assert "| upper  | 4 | 39.00    | 99.50    | 131      | 1.31          | 13.0             | 9           |" in text
+    report = make_report(3)
+    text = markdown(report)
+    work = [f"{row['multiply_adds'] / 1e6:.1f}" for row in report["rows"]]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    names = "fusion, r, top-1 %, top-5 %, multiply-adds M, images/s, times as fast, tokens per layer, tokens left"
+    assert [name.replace(",", "") for name in lines[0]] == names.split(", ")
+    assert lines[2] == ["none", "", "51.00", "99.50", work[0], "100", "", "17.0", "17"]
+    assert lines[4] == ["upper", "4", "39.00", "99.50", work[2], "131", "1.31", "13.0", "9"]
     assert "40 images of digits" in text and "batch size 16" in text
     assert "rows are measured" not in text
+
+
+def test_a_custom_schedule_stands_in_its_strategys_rows():
+    config = tiny_config()
+    settings = [Setting("none", {"fusion_strategy": "none"})]
+    settings.append(Setting("all", {"fusion_strategy": "custom", "fusion_schedule": [2, 1, 1]}))
+    rows = list(sweep(config, settings, measure_by(config)))
+    assert rows[1]["strategy"] == "all" and rows[1]["tokens"] is None
+    assert "| all    | 2 1 1 |" in markdown({**make_report(1), "rows": rows})
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3])

@@ -90,8 +90,8 @@ def test_own_fusion_does_not_matter_and_stays():
     "share, strategy, expected",
     [
         (0.1, "upper", r"share 0.1: 'upper' fusion of this model leaves at least 0\.\d\d\d"),
-        (0.0, "all", "share 0.0: expected a number above 0 and below 1"),
-        (1.0, "all", "share 1.0"),
+        (0.0, "all", "share 0: expected a number above 0 and below 1"),
+        (1.0, "all", "share 1:"),
         (math.nan, "all", "share nan"),
         (0.5, "custom", "strategy 'custom': expected one of all, interleaved, lower, upper"),
         (0.5, "none", "strategy 'none'"),

@@ -47,7 +47,7 @@ def fusion_for_share(
     """
     _check_strategy(strategy)
     if not 0 < share < 1:
-        raise ValueError(f"share {share}: expected a number above 0 and below 1")
+        raise ValueError(f"share {share:g}: expected a number above 0 and below 1")
     order = even_order(fused_layers(strategy, config.num_hidden_layers))
     most = most_tokens(config)
 
@@ -75,7 +75,7 @@ def fusion_for_share(
 
     least_share = share_of(by_number(most))
     if share < least_share:
-        raise ValueError(f"share {share}: {strategy!r} fusion of this model leaves at least {least_share:.3f}")
+        raise ValueError(f"share {share:g}: {strategy!r} fusion of this model leaves at least {least_share:.3f}")
     fusion = nearest(by_number, most)
     if distance(fusion) <= _TOLERANCE:
         return fusion

@@ -15,7 +15,7 @@ from typing import Any
 from fambav_training.cli import parse_arguments
 from fambav_training.paper.tables import Cell
 from fambav_training.release.saving import RESULTS_FILE
-from fambav_training.run.arguments import OF_DISTILLATION, TrainingArguments, recipe_of
+from fambav_training.run.arguments import TrainingArguments, recipe_of
 
 _LOG_TAIL_LINES = 15
 # Measures of a finished run that a table shows
@@ -92,14 +92,12 @@ class Run:
         results = json.loads(path.read_text())
         if missing := [name for name in REPORTED if name not in results]:
             raise ValueError(f"{path}: without {missing[0]}, made by an older version; delete that folder")
-        args, overrides = parse_arguments(TrainingArguments, "", self.words)
-        expected = recipe_of(args, overrides)
-        # Flags beside the recipe may differ; fields of the model that only the other run was given may not.
+        expected = recipe_of(*parse_arguments(TrainingArguments, "", self.words))
+        # Beside the flags of training, arguments are the fields of the model that were given
+        flags = {field.name for field in dataclasses.fields(TrainingArguments)}
         arguments = results["arguments"]
-        free = {field.name for field in dataclasses.fields(args)} - expected.keys()
-        if arguments.get("distillation_weight"):
-            free.difference_update(OF_DISTILLATION)
-        found = {name: value for name, value in arguments.items() if name not in free}
+        own = TrainingArguments(**{name: value for name, value in arguments.items() if name in flags})
+        found = recipe_of(own, {name: value for name, value in arguments.items() if name not in flags})
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(

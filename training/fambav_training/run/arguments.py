@@ -44,7 +44,7 @@ _MINIMUMS = {
 _SPACE_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _BELOW_ONE = ("warmup_ratio", "label_smoothing", "ema_decay")
 _UP_TO_ONE = ("horizontal_flip_prob", "random_erasing_prob", "distillation_weight")
-OF_DISTILLATION = (
+_OF_DISTILLATION = (
     "distillation_weight",
     "distillation_temperature",
     "distillation_loss",
@@ -223,7 +223,7 @@ def recipe_of(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, A
     if args.streaming:  # each worker reads files of its own, so their number is the order of the images
         own["dataloader_num_workers"] = args.dataloader_num_workers
     if args.distillation_weight == 0:  # without a teacher, none of its flags shapes the run
-        own = {name: value for name, value in own.items() if name not in OF_DISTILLATION}
+        own = {name: value for name, value in own.items() if name not in _OF_DISTILLATION}
     if args.teacher_views is not None:  # where they lie says nothing; what they hold is in the checkpoint
         del own["teacher_views"]
     return {**own, **{name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}}
