@@ -67,6 +67,9 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
             round(19/24 * L), `upper` starts at round(5/24 * L), `interleaved` starts at 1.
         fusion_schedule (`list[int]`, *optional*): Tokens removed per layer, for `fusion_strategy="custom"`.
         fusion_metric (`"cosine"`, `"dot"` or `"euclidean"`): Similarity of two tokens.
+        fusion_window (`int`, *optional*):
+            Only tokens at most so many places apart are compared, which is cheaper where there are many of them. By
+            default, as in the paper, all are.
         fusion_reduction (`"mean"` or `"size_weighted"`):
             Average of the tokens, or of the patches that they already stand for.
         fusion_order (`"raster"` or `"appended"`):
@@ -120,6 +123,7 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
     fusion_end_layer: int | None = validated_field(integer(1), default=None)
     fusion_schedule: list[int] | None = None
     fusion_metric: Literal["cosine", "dot", "euclidean"] = "cosine"
+    fusion_window: int | None = validated_field(integer(1), default=None)
     fusion_reduction: Literal["mean", "size_weighted"] = "mean"
     fusion_order: Literal["raster", "appended"] = "raster"
     fusion_scale_time_step: bool = False

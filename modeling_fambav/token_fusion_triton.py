@@ -44,7 +44,7 @@ def _score(products, even_squares, odd_squares, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def _find_partners(
-    metric, best, partner, num_tokens, width, class_token,
+    metric, best, partner, num_tokens, width, class_token, reach,
     SIMILARITY: tl.constexpr, IN_FLOAT32: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Best score of every even token of an image, and the odd token that has it."""
@@ -52,7 +52,10 @@ def _find_partners(
     for first in range(0, num_even, BLOCK):
         i = first + tl.arange(0, BLOCK)
         best_score, best_odd = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
-        for first_odd in range(0, num_odd, BLOCK):
+        # Only blocks with tokens in reach
+        first_block = max(0, first - (reach + 1) // 2) // BLOCK
+        end = min(num_odd, first + BLOCK + (reach - 1) // 2)
+        for first_odd in range(first_block * BLOCK, end, BLOCK):
             j = first_odd + tl.arange(0, BLOCK)
             products = tl.zeros((BLOCK, BLOCK), tl.float32)
             even_squares, odd_squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -72,7 +75,8 @@ def _find_partners(
             # The least of all scores: what is no number. Less than that: the class token, and what is no token.
             score = tl.where(score >= -3.4028234663852886e38, score, -3.4028234663852886e38)
             is_partner = (j < num_odd) & (2 * j + 1 != class_token)
-            score = tl.where(is_partner[None, :], score, float("-inf"))
+            is_near = tl.abs(2 * i[:, None] - (2 * j[None, :] + 1)) <= reach
+            score = tl.where(is_partner[None, :] & is_near, score, float("-inf"))
             block_score, block_odd = tl.max(score, 1, return_indices=True)
             best_odd = tl.where(block_score > best_score, first_odd + block_odd, best_odd)
             best_score = tl.maximum(best_score, block_score)
@@ -117,7 +121,7 @@ def _place_of_even(i, fused_before, class_token, IS_APPENDED: tl.constexpr):
 
 @triton.jit
 def _match(
-    metric, class_index, best, partner, is_fused, new_index, num_tokens, width, r, class_place,
+    metric, class_index, best, partner, is_fused, new_index, num_tokens, width, r, reach, class_place,
     SIMILARITY: tl.constexpr, IS_APPENDED: tl.constexpr, HAS_INDEX: tl.constexpr, IN_FLOAT32: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +135,7 @@ def _match(
         class_token = tl.load(class_index + b).to(tl.int32)
     best, partner, is_fused = best + b * num_even, partner + b * num_even, is_fused + b * num_even
     _find_partners(
-        metric + b * num_tokens * width, best, partner, num_tokens, width, class_token,
+        metric + b * num_tokens * width, best, partner, num_tokens, width, class_token, reach,
         SIMILARITY, IN_FLOAT32, BLOCK, DEPTH,
     )  # fmt: skip
     tl.debug_barrier()
@@ -233,13 +237,14 @@ def _merge_backward(
 # ---- tensors in, tensors out ----
 
 
-def match(metric: Tensor, class_index: int | Tensor, r: int, similarity: str, order: str) -> Tensor:
+def match(metric: Tensor, class_index: int | Tensor, r: int, similarity: str, order: str, reach: int) -> Tensor:
     """Places of all tokens after a fusion.
 
     Args:
         metric (`Tensor` of shape `(B, T, D)`): what is compared, T > 3.
         class_index (`int` or `Tensor` of shape `(B, 1)`): index of the class token.
         r, similarity, order: as `match_tokens`.
+        reach (`int`): how many places apart tokens are compared at most.
 
     Returns:
         `Tensor` of shape `(B, T)` (int64): `Matching.new_index`.
@@ -258,7 +263,7 @@ def match(metric: Tensor, class_index: int | Tensor, r: int, similarity: str, or
     launch(
         _match, (batch_size,),
         metric.contiguous(), class_index if has_index else new_index, best, partner, is_fused, new_index,
-        num_tokens, width, r, 0 if has_index else class_index,
+        num_tokens, width, r, min(reach, num_tokens), 0 if has_index else class_index,
         SIMILARITY=_SIMILARITIES[similarity], IS_APPENDED=order == "appended", HAS_INDEX=has_index,
         IN_FLOAT32=in_float32, BLOCK=block, DEPTH=16 if in_float32 else 32,
         # Without tensor cores, products of tokens that are fetched ahead do not fit the registers
@@ -273,11 +278,12 @@ def match_and_merge(
     r: int,
     similarity: str,
     order: str,
+    reach: int,
     values: list[Tensor],
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two tensors merged as `merge` does along the places of `match`, and these places."""
-    new_index = match(metric, class_index, r, similarity, order)
+    new_index = match(metric, class_index, r, similarity, order, reach)
     first, second = merge(values, new_index, metric.shape[1] - r, weights)
     return first, second, new_index
 

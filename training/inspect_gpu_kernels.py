@@ -171,7 +171,7 @@ def _launch_layer(case: Case) -> None:
     dx, *_ = scan_backward(torch.empty_like(out), *inputs, states)
     conv_backward(dx.to(case.dtype), conv_input, conv_weight, conv_bias)
     tokens = [empty(batch_size, num_tokens, channels // 2) for _ in "ab"]
-    new_index = match(tokens[0], 0, 9, "cosine", "raster")
+    new_index = match(tokens[0], 0, 9, "cosine", "raster", num_tokens)
     merged = merge(tokens, new_index, num_tokens - 9, None)
     merge_backward([torch.empty_like(tensor) for tensor in merged], new_index, None)
 

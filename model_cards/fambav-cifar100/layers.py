@@ -136,8 +136,8 @@ def fuse_tokens(
         both tensors as `(B, T - r, D)`, and the state of the T - r tokens.
     """
     weights = token_state.sizes if config.fusion_reduction == "size_weighted" else None
-    metric, order = config.fusion_metric, config.fusion_order
-    normed, residual, matching = fuse(normed, residual, r, token_state.class_index, metric, order, weights)
+    metric, order, window = config.fusion_metric, config.fusion_order, config.fusion_window
+    normed, residual, matching = fuse(normed, residual, r, token_state.class_index, metric, order, weights, window)
     if isinstance(token_state.class_index, Tensor):
         class_index = matching.new_index.gather(1, token_state.class_index)
     elif token_state.class_index == 0:

@@ -78,23 +78,30 @@ def fuse(
     similarity: str = "cosine",
     order: str = "raster",
     weights: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Matching]:
     """`match_tokens` of a metric, and `Matching.merge` of it and of another tensor `(B, T, D)`.
 
     With kernels this is one operator: for few tokens, operators take longer to start than to run.
     """
     if metric.shape[1] <= 3 or not _has_kernels(metric):
-        matching = match_tokens(metric, r, class_index, similarity, order)
+        matching = match_tokens(metric, r, class_index, similarity, order, window)
         return matching.merge(metric, weights), matching.merge(stream, weights), matching
-    _check_matching(metric, r, similarity, order)
+    _check_matching(metric, r, similarity, order, window)
     place, index = _place_and_index(class_index)
-    merged, merged_stream, new_index = _fuse(metric, stream, r, place, index, similarity, order, weights)
+    reach = _reach(window, metric)
+    merged, merged_stream, new_index = _fuse(metric, stream, r, place, index, similarity, order, reach, weights)
     return merged, merged_stream, Matching(new_index, metric.shape[1] - r)
 
 
 @torch.no_grad()
 def match_tokens(
-    metric: Tensor, r: int, class_index: int | Tensor = 0, similarity: str = "cosine", order: str = "raster"
+    metric: Tensor,
+    r: int,
+    class_index: int | Tensor = 0,
+    similarity: str = "cosine",
+    order: str = "raster",
+    window: int | None = None,
 ) -> Matching:
     """Choose the r even tokens that are most similar to an odd token, and say where every token goes.
 
@@ -108,22 +115,24 @@ def match_tokens(
         similarity (`str`): `"cosine"`, `"dot"` or `"euclidean"` (the negative squared distance).
         order (`str`): `"raster"`, survivors keep their order and a fused token stands where its odd partner stood, or
             `"appended"`, the published one: class token, unfused even tokens, odd tokens.
+        window (`int`, *optional*): compare only tokens at most so many places apart, at least 1; all if not given.
 
     Similarities are computed in float32 (float64 for a float64 metric), under autocast too: those of tokens that are
     alike differ by less than half precision tells apart.
 
     Raises:
-        ValueError: if r is out of range, or `similarity` or `order` unknown.
+        ValueError: if r or `window` is out of range, or `similarity` or `order` unknown.
     """
     batch_size, num_tokens = metric.shape[:2]
-    _check_matching(metric, r, similarity, order)
+    _check_matching(metric, r, similarity, order, window)
+    reach = _reach(window, metric)
     if num_tokens > 3 and _has_kernels(metric):
-        new_index = _match(metric, r, *_place_and_index(class_index), similarity, order)
+        new_index = _match(metric, r, *_place_and_index(class_index), similarity, order, reach)
     else:
         index = torch.arange(num_tokens, device=metric.device).expand(batch_size, -1)
         is_class = index == class_index
         if num_tokens > 3:
-            fused, partner = _most_similar(_scores(*_products_and_norms(metric), similarity), r, is_class)
+            fused, partner = _most_similar(_scores(*_products_and_norms(metric), similarity), r, is_class, reach)
         else:
             fused = index[:, :r] + is_class[:, :r].long()
             partner = index[:, num_tokens - r :] - is_class[:, num_tokens - r :].long()
@@ -132,7 +141,7 @@ def match_tokens(
     return Matching(new_index, num_tokens - r)
 
 
-def _check_matching(metric: Tensor, r: int, similarity: str, order: str) -> None:
+def _check_matching(metric: Tensor, r: int, similarity: str, order: str, window: int | None) -> None:
     num_tokens = metric.shape[1]
     if not 0 <= r <= (num_tokens - 1) // 2:
         raise ValueError(f"r={r}: expected 0 <= r <= {(num_tokens - 1) // 2} for {num_tokens} tokens")
@@ -140,6 +149,13 @@ def _check_matching(metric: Tensor, r: int, similarity: str, order: str) -> None
         raise ValueError(f"similarity={similarity!r}: expected 'cosine', 'dot' or 'euclidean'")
     if order not in ("raster", "appended"):
         raise ValueError(f"order={order!r}: expected 'raster' or 'appended'")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected at least 1, or None")
+
+
+def _reach(window: int | None, metric: Tensor) -> int:
+    """How many places apart tokens are compared at most; as many as there are if no window is given."""
+    return metric.shape[1] if window is None else window
 
 
 def _place_and_index(class_index: int | Tensor) -> tuple[int, Tensor | None]:
@@ -166,11 +182,14 @@ def _scores(products: Tensor, norms: Tensor, similarity: str) -> Tensor:
     return products
 
 
-def _most_similar(scores: Tensor, r: int, is_class: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (B, r) of the even tokens with the best scores, and of their partners."""
+def _most_similar(scores: Tensor, r: int, is_class: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Indices (B, r) of the even tokens with the best scores, and of their partners at most `reach` places away."""
     # Nothing is less similar than the class token, also where products overflow
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     scores = scores.masked_fill(is_class[:, ::2, None] | is_class[:, None, 1::2], -torch.inf)
+    index = torch.arange(is_class.shape[1], device=is_class.device)
+    # Every even token has an odd neighbour that is not the class token, but for one at an end, which no r requires
+    scores = scores.masked_fill((index[::2, None] - index[None, 1::2]).abs() > reach, -torch.inf)
     best_score, best_odd = scores.max(dim=-1)
     fused_even = best_score.topk(r, dim=-1).indices
     return 2 * fused_even, 2 * best_odd.gather(1, fused_even) + 1
@@ -215,11 +234,7 @@ class FusionKernels(NamedTuple):
 def _numba_kernels() -> FusionKernels:
     from .token_fusion_numba import match, match_and_merge, merge, merge_backward
 
-    def of_metric(function: Callable) -> Callable:
-        # On a CPU nothing multiplies matrices faster than torch
-        return lambda metric, *arguments: function(*_products_and_norms(metric), *arguments)
-
-    return FusionKernels(of_metric(match), of_metric(match_and_merge), merge, merge_backward)
+    return FusionKernels(match, match_and_merge, merge, merge_backward)
 
 
 @provides("triton")
@@ -243,14 +258,14 @@ def _kernels(tensor: Tensor) -> FusionKernels:
 
 
 def _compute_match(
-    metric: Tensor, r: int, class_place: int, class_index: Tensor | None, similarity: str, order: str
+    metric: Tensor, r: int, class_place: int, class_index: Tensor | None, similarity: str, order: str, reach: int
 ) -> Tensor:
     """Where every token goes. `class_place` is the index of the class token unless each image has its own."""
     class_token = class_place if class_index is None else class_index
-    return _kernels(metric).match(metric, class_token, r, similarity, order)
+    return _kernels(metric).match(metric, class_token, r, similarity, order, reach)
 
 
-def _match_shapes(metric, r, class_place, class_index, similarity, order):
+def _match_shapes(metric, r, class_place, class_index, similarity, order, reach):
     return metric.new_empty(metric.shape[:2], dtype=torch.int64)
 
 
@@ -296,14 +311,16 @@ def _compute_fuse(
     class_index: Tensor | None,
     similarity: str,
     order: str,
+    reach: int,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both merged, and where every token went, see `_compute_match`."""
     class_token = class_place if class_index is None else class_index
-    return _kernels(metric).match_and_merge(metric, class_token, r, similarity, order, [metric, stream], weights)
+    values = [metric, stream]
+    return _kernels(metric).match_and_merge(metric, class_token, r, similarity, order, reach, values, weights)
 
 
-def _fuse_shapes(metric, stream, r, class_place, class_index, similarity, order, weights):
+def _fuse_shapes(metric, stream, r, class_place, class_index, similarity, order, reach, weights):
     batch_size, num_tokens, _ = metric.shape
     merged = (tensor.new_empty(batch_size, num_tokens - r, tensor.shape[2]) for tensor in (metric, stream))
     return *merged, metric.new_empty(batch_size, num_tokens, dtype=torch.int64)
@@ -324,12 +341,12 @@ _fuse_backward = define("fuse_backward", _compute_fuse_backward, _fuse_backward_
 
 
 def _save_fused(ctx, inputs, output):
-    ctx.save_for_backward(output[2], inputs[7])
+    ctx.save_for_backward(output[2], inputs[8])
     ctx.mark_non_differentiable(output[2])
 
 
 def _backward_of_fuse(ctx, dmerged, dmerged_stream, _):
-    return *_fuse_backward(dmerged, dmerged_stream, *ctx.saved_tensors), *[None] * 6
+    return *_fuse_backward(dmerged, dmerged_stream, *ctx.saved_tensors), *[None] * 7
 
 
 _fuse = define("fuse", _compute_fuse, _fuse_shapes, _save_fused, _backward_of_fuse)

@@ -44,11 +44,11 @@ def _offset(norm, similarity):
 
 @kernel
 def _find_partners(address):
-    """products (B*T_even, T_odd), norms (B, T), class_index (B, 1) -> worst, partner (B, T_even).
+    """products (see `_products`), norms (B, T), class_index (B, 1) -> worst, partner (B, T_even).
 
     `worst` is minus the best score of each even token. A task is one image and one block of even tokens."""
     job = open_job(address, 5)
-    num_tokens, similarity = sizes(job)[0], sizes(job)[1]
+    num_tokens, similarity, reach, rows_per_image, is_banded = sizes(job)
     products, norms, class_index = rows(job, 0), rows(job, 1), rows(job, 2)
     worst, partner = rows(job, 3), rows(job, 4)
     num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
@@ -69,29 +69,32 @@ def _find_partners(address):
             factor_array[0, j], factor_array[1, j] = _scale(norm, similarity), _offset(norm, similarity)
             if 2 * j + 1 == class_token:
                 factor_array[0, j], factor_array[1, j] = np.float32(0.0), np.float32(-np.inf)
+        # In which column of the products the odd token 0 would stand
+        column = (reach + 1) // 2 - first if is_banded else 0
         for i in range(first, min(first + _EVEN_BLOCK, num_even)):
-            row = b * num_even + i
+            row = b * rows_per_image + i
+            first_odd, end = max(0, i - (reach + 1) // 2), min(num_odd, i + (reach - 1) // 2 + 1)
             # Each lane looks at every 16th odd token; indices as float32, which is exact up to 2^24
             best_scores, best_indices = full(np.float32(-np.inf)), load(lanes, 2, 0)
-            vectors = num_odd // LANES * LANES
-            for j in range(0, vectors, LANES):
-                scores = load(products, row, j) * load(factors, 0, j) + load(factors, 1, j)
+            vectors = first_odd + (end - first_odd) // LANES * LANES
+            for j in range(first_odd, vectors, LANES):
+                scores = load(products, row, column + j) * load(factors, 0, j) + load(factors, 1, j)
                 indices = load(lanes, 2, 0) + full(np.float32(j))
                 best_indices = where_greater(scores, best_scores, indices, best_indices)
                 best_scores = where_greater(scores, best_scores, scores, best_scores)
             store(lanes, 0, 0, best_scores)
             store(lanes, 1, 0, best_indices)
-            best, best_odd = np.float32(-np.inf), 0
+            best, best_odd = np.float32(-np.inf), min(first_odd, num_odd - 1)
             for lane in range(LANES):
                 score, j = lane_array[0, lane], int(lane_array[1, lane])
                 if score > best or (score == best and score > np.float32(-np.inf) and j < best_odd):
                     best, best_odd = score, j
-            for j in range(vectors, num_odd):
-                score = load_scalar(products, row, j) * factor_array[0, j] + factor_array[1, j]
+            for j in range(vectors, end):
+                score = load_scalar(products, row, column + j) * factor_array[0, j] + factor_array[1, j]
                 if score > best:
                     best, best_odd = score, j
             if 2 * best_odd + 1 == class_token:  # nothing was better than minus infinity
-                best_odd = 1 if best_odd == 0 else 0
+                best_odd += 1 if best_odd + 1 < num_odd else -1
             norm = load_scalar(norms, b, 2 * i)
             best = best * _scale(norm, similarity) + _offset(norm, similarity)
             # A class token, or a token that is not a number, comes last
@@ -213,24 +216,27 @@ def _merge_backward(address):
 # ---- tensors in, tensors out ----
 
 
-def match(products: Tensor, norms: Tensor, class_index: int | Tensor, r: int, similarity: str, order: str) -> Tensor:
+def match(metric: Tensor, class_index: int | Tensor, r: int, similarity: str, order: str, reach: int) -> Tensor:
     """Places of all tokens after a fusion.
 
     Args:
-        products (`Tensor` of shape `(B, T_even, T_odd)`): dot products of even and odd tokens.
-        norms (`Tensor` of shape `(B, T)`): lengths of the tokens.
+        metric (`Tensor` of shape `(B, T, D)`): what is compared, T > 3.
         class_index (`int` or `Tensor` of shape `(B, 1)`): index of the class token.
         r, similarity, order: as `match_tokens`.
+        reach (`int`): how many places apart tokens are compared at most.
 
     Returns:
         `Tensor` of shape `(B, T)` (int64): `Matching.new_index`.
     """
-    return _match_operand(products, norms, class_index, r, similarity, order).tensor
+    return _match_operand(metric, class_index, r, similarity, order, reach).tensor
 
 
-def _match_operand(products, norms, class_index: int | Tensor, r: int, similarity: str, order: str) -> Operand:
-    batch_size, num_tokens = norms.shape
-    num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2
+def _match_operand(metric, class_index: int | Tensor, r: int, similarity: str, order: str, reach: int) -> Operand:
+    batch_size, num_tokens, _ = metric.shape
+    num_even = (num_tokens + 1) // 2
+    metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
+    products, is_banded = _products(metric, reach)
+    num_rows, num_columns = products.shape
     class_operand = _class_operand(class_index, batch_size, num_tokens)
     worst = buffer("worst", batch_size, num_even)
     partner = buffer("partner", batch_size, num_even, torch.int64)
@@ -238,10 +244,10 @@ def _match_operand(products, norms, class_index: int | Tensor, r: int, similarit
     launch(
         _find_partners,
         batch_size * -(-num_even // _EVEN_BLOCK),
-        (num_tokens, SIMILARITIES[similarity]),
+        (num_tokens, SIMILARITIES[similarity], min(reach, num_tokens), num_rows // batch_size, is_banded),
         [
-            Operand("products", products.float().contiguous().flatten(0, 1), batch_size * num_even, num_odd),
-            Operand("norms", norms.float().contiguous(), batch_size, num_tokens),
+            Operand("products", products, num_rows, num_columns),
+            Operand("norms", torch.linalg.vector_norm(metric, dim=-1).float(), batch_size, num_tokens),
             class_operand,
             worst,
             partner,
@@ -249,6 +255,28 @@ def _match_operand(products, norms, class_index: int | Tensor, r: int, similarit
     )
     launch(_choose, batch_size, (num_tokens, r, order == "appended"), [worst, partner, class_operand, new_index])
     return new_index
+
+
+def _products(metric: Tensor, reach: int) -> tuple[Tensor, bool]:
+    """Dot products of even and odd tokens, by torch: on a CPU nothing multiplies matrices faster. Not under autocast.
+
+    Returns:
+        (B*T_even, T_odd) and False. Or, if that is less work, those of every block of even tokens with the odd tokens
+        in reach of it, of which the first one may be before the image's own, and True: rows are even tokens, up to
+        whole blocks, and columns as many odd tokens as are in reach of a block.
+    """
+    even, odd = metric[:, ::2], metric[:, 1::2]
+    num_even, num_odd = even.shape[1], odd.shape[1]
+    num_blocks, before, after = -(-num_even // _EVEN_BLOCK), (reach + 1) // 2, (reach - 1) // 2
+    in_reach = before + _EVEN_BLOCK + after
+    with torch.autocast("cpu", enabled=False):
+        if num_blocks * _EVEN_BLOCK * in_reach >= num_even * num_odd:
+            return (even @ odd.mT).float().flatten(0, 1), False
+        even = torch.nn.functional.pad(even, (0, 0, 0, num_blocks * _EVEN_BLOCK - num_even))
+        end = (num_blocks - 1) * _EVEN_BLOCK + in_reach - before  # of the odd tokens that the last block asks for
+        odd = torch.nn.functional.pad(odd, (0, 0, before, max(0, end - num_odd)))
+        blocks = odd.unfold(1, in_reach, _EVEN_BLOCK)[:, :num_blocks]  # (B, blocks, D, in_reach)
+        return (even.unflatten(1, (num_blocks, _EVEN_BLOCK)) @ blocks).float().flatten(0, 2), True
 
 
 def _class_operand(class_index: int | Tensor, batch_size: int, num_tokens: int) -> Operand:
@@ -259,19 +287,19 @@ def _class_operand(class_index: int | Tensor, batch_size: int, num_tokens: int) 
 
 
 def match_and_merge(
-    products: Tensor,
-    norms: Tensor,
+    metric: Tensor,
     class_index: int | Tensor,
     r: int,
     similarity: str,
     order: str,
+    reach: int,
     values: list[Tensor],
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two tensors merged as `merge` does along the places of `match`, and these places."""
-    new_index = _match_operand(products, norms, class_index, r, similarity, order)
+    new_index = _match_operand(metric, class_index, r, similarity, order, reach)
     # The kernel made these places, so they need no check
-    first, second = _merge_along(values, new_index, norms.shape[1] - r, weights)
+    first, second = _merge_along(values, new_index, metric.shape[1] - r, weights)
     return first, second, new_index.tensor
 
 

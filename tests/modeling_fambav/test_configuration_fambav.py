@@ -43,6 +43,7 @@ def test_defaults_are_the_contract():
         "fusion_end_layer": None,
         "fusion_schedule": None,
         "fusion_metric": "cosine",
+        "fusion_window": None,
         "fusion_reduction": "mean",
         "fusion_order": "raster",
         "fusion_scale_time_step": False,
@@ -204,6 +205,7 @@ INVALID_FIELDS = [
     invalid("bool", fusion_scale_time_step="yes"),
     *(invalid("('head', 'middle')", cls_token_position=value) for value in ("centre", None, 0)),
     *(invalid("('cosine', 'dot', 'euclidean')", fusion_metric=value) for value in ("l2", None)),
+    *(invalid("integer >= 1", fusion_window=value) for value in (0, -1)),
     *(invalid("('mean', 'size_weighted')", fusion_reduction=value) for value in ("sum", None)),
     *(invalid("('raster', 'appended')", fusion_order=value) for value in ("sorted", None)),
     *(
@@ -319,6 +321,7 @@ SAVED = {
         "fusion_start_layer": 2,
         "fusion_end_layer": 9,
         "fusion_metric": "dot",
+        "fusion_window": 32,
         "fusion_reduction": "size_weighted",
         "fusion_order": "appended",
         "fusion_scale_time_step": True,

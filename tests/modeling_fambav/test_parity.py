@@ -108,7 +108,8 @@ def slow_model(model: FambaVModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
     for layer, r in zip(model.layers, config.tokens_removed):
         normed = norm(layer.norm, residual)
-        _, new_index = slow_match(normed.tolist(), r, class_index, config.fusion_metric, config.fusion_order)
+        how = config.fusion_metric, config.fusion_order, config.fusion_window
+        _, new_index = slow_match(normed.tolist(), r, class_index, *how)
         weights = sizes.tolist() if config.fusion_reduction == "size_weighted" else [1.0] * len(sizes)
         normed = torch.tensor(slow_merge(normed.tolist(), new_index, weights), dtype=torch.float64)
         residual = torch.tensor(slow_merge(residual.tolist(), new_index, weights), dtype=torch.float64)
@@ -134,6 +135,7 @@ VARIANTS = [
     {"cls_token_position": "middle", "fusion_order": "appended"},
     {"fusion_metric": "dot"},
     {"fusion_metric": "euclidean"},
+    {"fusion_window": 3, "cls_token_position": "middle"},
     {"fusion_reduction": "size_weighted"},
     {"fusion_scale_time_step": True},
     {"fusion_reduction": "size_weighted", "fusion_scale_time_step": True, "cls_token_position": "middle"},
@@ -161,6 +163,7 @@ def test_a_slow_implementation_computes_the_same(fields):
         {"fusion_strategy": "none"},
         {"fusion_order": "appended"},
         {"fusion_metric": "dot"},
+        {"fusion_window": 1},
         {"fusion_reduction": "size_weighted"},
         {"fusion_scale_time_step": True},
         {"fusion_start_layer": 0},

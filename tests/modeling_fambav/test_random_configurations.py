@@ -44,6 +44,7 @@ FIELDS = {
     "fusion_end_layer": LAYER,
     "fusion_schedule": st.none() | st.lists(st.integers(-1, 9), max_size=4),
     "fusion_metric": st.sampled_from(["cosine", "dot", "euclidean", "manhattan"]),
+    "fusion_window": st.none() | st.integers(0, 9),
     "fusion_reduction": st.sampled_from(["mean", "size_weighted"]),
     "fusion_order": st.sampled_from(["raster", "appended"]),
     "fusion_scale_time_step": st.booleans(),

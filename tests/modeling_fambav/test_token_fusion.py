@@ -101,6 +101,18 @@ def test_matching_and_merge_equal_the_slow_reference(num_tokens, similarity, ord
                 torch.testing.assert_close(merged[b], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 7, 99])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 6, 9, 12, 17])
+def test_a_window_equals_the_slow_reference(num_tokens, similarity, window):
+    metric = random_tokens(2, num_tokens, 2)
+    for class_index, r in itertools.product(class_indices(num_tokens), range(max_tokens(num_tokens) + 1)):
+        matching = match_tokens(metric, r, class_index, similarity, window=window)
+        for b, image_class_index in enumerate(per_image(class_index, 2)):
+            _, new_index = slow_match(metric[b].tolist(), r, image_class_index, similarity, "raster", window)
+            assert matching.new_index[b].tolist() == new_index
+
+
 def test_several_evens_land_on_one_odd(backend):
     # Tokens 2, 4 and 6 look like token 3; the class token 0 looks like it most of all.
     metric = torch.tensor([[[1.0, 0.0], [0, 1], [1, 0.1], [1, 0], [1, 0.2], [-1, -1], [1, 0.3], [0, -1]]])

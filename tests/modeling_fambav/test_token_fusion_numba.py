@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from modeling_fambav import backends, match_tokens, set_selective_scan_backend, token_fusion
+from modeling_fambav import backends, match_tokens, set_selective_scan_backend, token_fusion, token_fusion_numba
 from modeling_fambav.token_fusion import _fuse, _match, _merge
 from support.helpers import random_tensor
 
@@ -15,10 +15,10 @@ def restored_backend(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", None)
 
 
-def fuse(backend, metric, r, class_index, similarity, order, weights):
+def fuse(backend, metric, r, class_index, similarity, order, weights, window=None):
     set_selective_scan_backend(backend)
     values = metric.detach().requires_grad_()
-    matching = match_tokens(values, r, class_index, similarity, order)
+    matching = match_tokens(values, r, class_index, similarity, order, window)
     merged = matching.merge(values, weights)
     merged.backward(random_tensor(*merged.shape, seed=3, dtype=merged.dtype))
     return matching.new_index, merged.detach(), values.grad
@@ -57,10 +57,37 @@ def test_both_are_merged_as_each_alone(used, dtype, class_index):
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("num_tokens", [4, 5, 12, 17, 200, 513])  # up to five blocks of 64 even tokens, whole or not
+def test_tokens_in_a_window(num_tokens, similarity):
+    metric = random_tensor(2, num_tokens, 35, seed=num_tokens)
+    places = sorted({0, 1, num_tokens // 2, num_tokens - 2, num_tokens - 1})
+    for class_position, window in itertools.product(places, (1, 2, 3, 8, 31, 64, 2 * num_tokens)):
+        for r in (1, (num_tokens - 1) // 2):
+            arguments = (metric, r, class_position, similarity, "raster", None, window)
+            for actual, expected in zip(fuse("numba", *arguments), fuse("torch", *arguments)):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_computes_only_what_is_in_reach(monkeypatch):
+    multiplied = []
+    products = token_fusion_numba._products
+    monkeypatch.setattr(
+        token_fusion_numba, "_products", lambda *arguments: multiplied.append(products(*arguments)) or multiplied[-1]
+    )
+    set_selective_scan_backend("numba")
+    metric = random_tensor(1, 1025, 16, seed=0)
+    for window in (None, 64):
+        match_tokens(metric, 9, window=window)
+    (all_products, is_banded), (in_window, is_banded_in_window) = multiplied
+    assert not is_banded and all_products.shape == (513, 512)
+    assert is_banded_in_window and in_window.shape == (9 * 64, 32 + 64 + 31)
+
+
 def test_class_tokens_at_different_places():
     metric, class_index = random_tensor(4, 13, 16, seed=0), torch.tensor([[0], [3], [6], [12]])
-    for order in ("raster", "appended"):
-        arguments = (metric, 5, class_index, "cosine", order, None)
+    for order, window in itertools.product(("raster", "appended"), (None, 3)):
+        arguments = (metric, 5, class_index, "cosine", order, None, window)
         for actual, expected in zip(fuse("numba", *arguments), fuse("torch", *arguments)):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -70,8 +97,9 @@ def test_ties_and_numbers_that_are_none(value):
     set_selective_scan_backend("numba")
     metric = random_tensor(2, 9, 4, seed=0)
     metric[0] = value
-    for class_position, r, similarity in itertools.product(range(9), range(5), ("cosine", "dot", "euclidean")):
-        new_index = match_tokens(metric, r, class_position, similarity).new_index
+    similarities, windows = ("cosine", "dot", "euclidean"), (None, 1, 2)
+    for class_position, r, similarity, window in itertools.product(range(9), range(5), similarities, windows):
+        new_index = match_tokens(metric, r, class_position, similarity, window=window).new_index
         for places in new_index.tolist():
             assert sorted(set(places)) == list(range(9 - r)) and places.count(places[class_position]) == 1
 
@@ -124,5 +152,5 @@ def test_opcheck():
     values = random_tensor(2, 9, 16, seed=1).requires_grad_()
     torch.library.opcheck(_merge, (values, new_index, 6, None))
     stream = random_tensor(2, 9, 16, seed=2).requires_grad_()
-    torch.library.opcheck(_fuse, (values, stream, 3, 4, None, "cosine", "raster", None))
-    torch.library.opcheck(_match, (values.detach(), 3, 0, None, "dot", "raster"))
+    torch.library.opcheck(_fuse, (values, stream, 3, 4, None, "cosine", "raster", 9, None))
+    torch.library.opcheck(_match, (values.detach(), 3, 0, None, "dot", "raster", 9))

@@ -42,11 +42,11 @@ def restored_backend(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", None)
 
 
-def fused(backend, metric, stream, r, class_index, similarity, order, weights):
+def fused(backend, metric, stream, r, class_index, similarity, order, weights, window=None):
     """Places, both merged, and the gradients of both."""
     set_selective_scan_backend(backend)
     leaves = [tensor.detach().requires_grad_() for tensor in (metric, stream)]
-    *merged, matching = token_fusion.fuse(*leaves, r, class_index, similarity, order, weights)
+    *merged, matching = token_fusion.fuse(*leaves, r, class_index, similarity, order, weights, window)
     loss = sum((tensor.float() * random_tensor(*tensor.shape, seed=3).to(tensor)).sum() for tensor in merged)
     loss.backward()
     return matching.new_index, *(tensor.detach() for tensor in merged), *(leaf.grad for leaf in leaves)
@@ -70,6 +70,17 @@ def test_kernels_equal_torch_operations(device, case, dtype):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
     again = fused("triton", *arguments)
     assert all(torch.equal(one, other) for one, other in zip(actual, again))
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 64, 500])
+@pytest.mark.parametrize("num_tokens", [5, 12, 131, 200])  # of the last two, not all blocks are in reach of each other
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_in_a_window(device, num_tokens, window):
+    metric, stream = (random_tensor(2, num_tokens, 8, seed=seed).to(device) for seed in (0, 1))
+    for class_position, r in ((0, (num_tokens - 1) // 2), (1, (num_tokens - 1) // 2), (num_tokens // 2, 1)):
+        arguments = (metric, stream, r, class_position, "cosine", "raster", None, window)
+        for one, other in zip(fused("triton", *arguments), fused("torch", *arguments)):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["raster", "appended"])
@@ -175,8 +186,8 @@ def test_opcheck_and_compile():
     values, stream = (random_tensor(1, 9, 16, seed=seed).requires_grad_() for seed in (1, 2))
     new_index = match_tokens(values, 3).new_index
     torch.library.opcheck(_merge, (values, new_index, 6, None))
-    torch.library.opcheck(_fuse, (values, stream, 3, 4, None, "cosine", "raster", None))
-    torch.library.opcheck(_match, (values.detach(), 3, 0, torch.tensor([[2]]), "dot", "raster"))
+    torch.library.opcheck(_fuse, (values, stream, 3, 4, None, "cosine", "raster", 9, None))
+    torch.library.opcheck(_match, (values.detach(), 3, 0, torch.tensor([[2]]), "dot", "raster", 9))
     compiled = torch.compile(
         lambda one, other: token_fusion.fuse(one, other, 3)[:2], backend="aot_eager", fullgraph=True
     )

@@ -48,7 +48,7 @@ def test_the_device_of_the_tensors_is_current(launches, index, monkeypatch):
     causal_conv1d_triton.conv_backward(u, tokens, weight, bias)
     out, states = selective_scan_triton.scan_forward(*inputs, keep_states=True)
     selective_scan_triton.scan_backward(out, *inputs, states)
-    new_index = token_fusion_triton.match(tokens, 0, 2, "cosine", "raster")
+    new_index = token_fusion_triton.match(tokens, 0, 2, "cosine", "raster", 5)
     merged = token_fusion_triton.merge([tokens], new_index, 7, None)
     token_fusion_triton.merge_backward(merged, new_index, None)
     assert len(launches) == 7 and set(launches.values()) == {index}

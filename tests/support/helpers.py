@@ -115,7 +115,7 @@ def slow_similarity(a: list[float], b: list[float], similarity: str) -> float:
 
 
 def slow_match(
-    metric: list[list[float]], r: int, class_index: int, similarity: str, order: str
+    metric: list[list[float]], r: int, class_index: int, similarity: str, order: str, window: int | None = None
 ) -> tuple[list[int], list[int]]:
     """The survivors in their new order, and for every token the place of the token that now carries it."""
     num_tokens = len(metric)
@@ -123,7 +123,7 @@ def slow_match(
     odds = [j for j in range(1, num_tokens, 2) if j != class_index]
     partner, best = {}, {}
     for i in evens:
-        for j in odds:
+        for j in odds if window is None else [j for j in odds if abs(i - j) <= window]:
             score = slow_similarity(metric[i], metric[j], similarity)
             if i not in best or score > best[i]:
                 best[i], partner[i] = score, j

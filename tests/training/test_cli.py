@@ -42,6 +42,7 @@ CONFIG_FIELDS = {
     "fusion_end_layer": ("3", 3),
     "fusion_schedule": ("0 2 0 2", [0, 2, 0, 2]),
     "fusion_metric": ("dot", "dot"),
+    "fusion_window": ("16", 16),
     "fusion_reduction": ("size_weighted", "size_weighted"),
     "fusion_order": ("appended", "appended"),
     "fusion_scale_time_step": ("true", True),

@@ -49,6 +49,7 @@ def run(monkeypatch, *words) -> None:
             "cls_token_position": "middle",
             "fusion_reduction": "size_weighted",
             "fusion_metric": "euclidean",
+            "fusion_window": 3,
         },
         {
             "cls_token_position": "middle",

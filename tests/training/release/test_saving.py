@@ -150,6 +150,7 @@ def test_command_of_the_card_repeats_the_run(release):
         {"fusion_strategy": "all"},
         {"fusion_tokens": 1},
         {"fusion_metric": "dot"},
+        {"fusion_window": 3},
         {"fusion_reduction": "size_weighted"},
         {"fusion_order": "appended"},
         {"fusion_scale_time_step": True},

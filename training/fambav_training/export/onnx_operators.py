@@ -54,13 +54,18 @@ def rms_norm(x: FLOAT, weight: FLOAT, eps: float) -> tuple[FLOAT, FLOAT]:
 # ---- fusion ----
 
 
-def _matched(products, norms, class_index, r: int, similarity: str, order: str, num_tokens: int):
+def _matched(products, norms, class_index, r: int, similarity: str, order: str, reach: int, num_tokens: int):
     """Place of every token among the survivors, (B, T); the steps are those of `match_tokens` in token_fusion.py."""
     is_class = op.Equal(op.Constant(value_ints=list(range(num_tokens))), class_index)  # (B, T)
     even_class = op.Unsqueeze(_slice(is_class, 0, _END, 1, 2), _ints(2))
     odd_class = op.Unsqueeze(_slice(is_class, 1, _END, 1, 2), _ints(1))
     scores = op.Max(_scores(products, norms, similarity), float(np.finfo(np.float32).min))
-    scores = op.Where(op.Or(even_class, odd_class), op.Constant(value_float=-math.inf), scores)
+    lowest = op.Constant(value_float=-math.inf)
+    scores = op.Where(op.Or(even_class, odd_class), lowest, scores)
+    if reach < num_tokens - 1:
+        evens = op.Unsqueeze(op.Constant(value_ints=list(range(0, num_tokens, 2))), _ints(1))
+        distance = op.Abs(op.Sub(evens, op.Constant(value_ints=list(range(1, num_tokens, 2)))))
+        scores = op.Where(op.Greater(distance, op.Constant(value_int=reach)), lowest, scores)
 
     _, fused_even = op.TopK(op.ReduceMax(scores, _ints(2), keepdims=0), _ints(r), axis=1)
     best_odd = op.ArgMax(scores, axis=2, keepdims=0)
@@ -132,6 +137,7 @@ def fuse(
     class_index: INT64 | None,
     similarity: str,
     order: str,
+    reach: int,
     weights: FLOAT | None = None,
 ) -> tuple[FLOAT, FLOAT, INT64]:
     """Match by the metric, and merge it and the stream."""
@@ -140,7 +146,7 @@ def fuse(
     norms = op.ReduceL2(metric, _ints(2), keepdims=0)
     if class_index is None:
         class_index = op.Expand(_ints(class_place), op.Concat(op.Shape(metric, start=0, end=1), _ints(1), axis=0))
-    new_index = _matched(products, norms, class_index, r, similarity, order, metric.shape[1])
+    new_index = _matched(products, norms, class_index, r, similarity, order, reach, metric.shape[1])
     num_kept, channels = metric.shape[1] - r, metric.shape[2]
     merged, merged_stream = (_merged(values, new_index, num_kept, weights, channels) for values in (metric, stream))
     return merged, merged_stream, new_index

@@ -78,6 +78,8 @@ def _describe_fusion(config: PreTrainedConfig) -> str:
         return "off"
     settings = [f"{config.fusion_metric} similarity", f"{config.fusion_reduction} reduction"]
     settings.append(f"{config.fusion_order} order")
+    if config.fusion_window is not None:
+        settings.append(f"tokens at most {config.fusion_window} places apart")
     if config.fusion_scale_time_step:
         settings.append("time steps scaled by token size")
     return (
