@@ -117,6 +117,12 @@ def test_core_operations_are_the_products_of_one_forward_pass():
     core.products(), core.scans()
 
 
+def test_a_window_is_part_of_case_and_label():
+    case = Case("famba-v", strategy="upper", image_size=512, fusion_window=5)
+    assert case.config().fusion_window == 5 and case.label == "Famba-V-Ti upper window=5"
+    assert case.config().tokens_removed == Case("famba-v", strategy="upper", image_size=512).config().tokens_removed
+
+
 def test_main_writes_a_report(tmp_path, monkeypatch, capsys):
     cases = [
         Case("deit", image_size=32, batch_size=1),

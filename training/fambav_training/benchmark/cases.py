@@ -9,6 +9,7 @@ from modeling_fambav import FambaVConfig
 
 WIDTHS = {"ti": 192, "s": 384}
 SMALL_R = "Ti geometry, upper, few tokens removed per layer"  # the table that asks when fusion begins to pay
+_WINDOW = 128  # tokens of two to five rows of patches, at the image sizes that it is measured for
 # The paper's budgets at 224 px; other image sizes remove the same share of their tokens.
 _PAPER_TOKENS = {"none": 9, **TABLE_1_TOKENS}
 
@@ -22,6 +23,7 @@ class Case:
         size: `"ti"` or `"s"`.
         strategy: fusion strategy of famba-v.
         fusion_tokens: tokens removed per fused layer; the paper's budget if None.
+        fusion_window: how many places apart tokens are compared at most; all are if None.
         backend: scan backend; chosen by device if None.
         compile_mode: mode of torch.compile, or None for eager.
     """
@@ -33,13 +35,19 @@ class Case:
     batch_size: int = 8
     dtype: str = "float32"
     fusion_tokens: int | None = None
+    fusion_window: int | None = None
     backend: str | None = None
     compile_mode: str | None = None
 
     @property
     def label(self) -> str:
         name = f"{'Famba-V' if self.family == 'famba-v' else 'DeiT'}-{self.size.capitalize()}"
-        extras = [f"r={self.fusion_tokens}" if self.fusion_tokens else None, self.backend, self.compile_mode]
+        extras = [
+            f"r={self.fusion_tokens}" if self.fusion_tokens else None,
+            f"window={self.fusion_window}" if self.fusion_window else None,
+            self.backend,
+            self.compile_mode,
+        ]
         return " ".join([name, *([self.strategy] if self.family == "famba-v" else []), *filter(None, extras)])
 
     def config(self) -> FambaVConfig:
@@ -52,6 +60,7 @@ class Case:
             num_labels=100,
             fusion_strategy=self.strategy,
             fusion_tokens=tokens,
+            fusion_window=self.fusion_window,
         )
 
     def mean_tokens(self) -> float:
@@ -75,7 +84,10 @@ def cpu_suite() -> dict[str, list[Case]]:
     for batch_size in (1, 32):
         suite[f"Ti geometry, 224 px, batch {batch_size}"] = _trio(batch_size=batch_size)
     for image_size in (384, 512, 768, 1024):
-        suite[f"Ti geometry, {image_size} px, batch 1"] = _trio(image_size=image_size, batch_size=1)
+        suite[f"Ti geometry, {image_size} px, batch 1"] = [
+            *_trio(image_size=image_size, batch_size=1),
+            Case("famba-v", strategy="upper", image_size=image_size, batch_size=1, fusion_window=_WINDOW),
+        ]
     suite[SMALL_R] = [
         Case("famba-v"),
         *(Case("famba-v", strategy="upper", fusion_tokens=r) for r in range(1, 10)),
