@@ -65,7 +65,9 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     lines = {
         "DeiT-Ti": lambda r: r["family"] == "deit",
         "Famba-V-Ti, no fusion": lambda r: r["family"] == "famba-v" and r["strategy"] == "none",
-        "Famba-V-Ti, upper fusion": lambda r: r["strategy"] == "upper" and not (r["fusion_tokens"] or r["fusion_window"]),
+        "Famba-V-Ti, upper fusion": lambda r: (
+            r["strategy"] == "upper" and not (r["fusion_tokens"] or r["fusion_window"])
+        ),
     }
     quantities = {
         "forward_seconds": ("forward, ms per image", 1e3),
