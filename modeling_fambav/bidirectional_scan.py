@@ -44,7 +44,7 @@ def bidirectional_scan(
     Args:
         xz (`Tensor` of shape `(B, T, 2E)`): input and gate; its dtype is that of the matrix products.
         conv_weight, conv_bias (`Tensor` of shape `(G, E, K)` and `(G, E)`): causal convolution of each direction.
-        x_proj (`Tensor` of shape `(G, R + 2N, E)`): chooses low-rank dt, B and C by the convolved input.
+        x_proj (`Tensor` of shape `(G, R + 2N, E)`): projects the convolved input to low-rank dt, B and C.
         dt_proj, dt_bias (`Tensor` of shape `(G, E, R)` and `(G, E)`): widen dt to all channels.
         A (`Tensor` of shape `(G, E, N)`): decay, negative, float32.
         D (`Tensor` of shape `(G, E)`): skip connection.

@@ -71,7 +71,7 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
             Only tokens at most so many places apart are compared, which is cheaper where there are many of them. By
             default, as in the paper, all are.
         fusion_reduction (`"mean"` or `"size_weighted"`):
-            Average of the tokens, or of the patches that they already stand for.
+            Plain mean, or mean weighted by the patches that each token stands for.
         fusion_order (`"raster"` or `"appended"`):
             Survivors keep their places, or stand as the published code leaves them: class token, unfused even
             tokens, odd tokens.

@@ -61,7 +61,7 @@ def _fill(value: float, *tensors: Tensor | None) -> None:
 
 
 class FambaVPreTrainedModel(PreTrainedModel):
-    """Weight initialisation (as Mamba and Vim), and what transformers needs to know of the classes.
+    """Weight initialisation (as Mamba and Vim), and the class attributes that transformers reads.
 
     `from_pretrained` with `dtype=torch.bfloat16` or `torch.float16` leaves A_log, D and the bias of the time step in
     float32, in which the scan computes with them anyway; rounded, they would be other decays and steps.

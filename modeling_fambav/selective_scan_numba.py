@@ -12,8 +12,8 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
 The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
 again, one chunk at a time.
 
-Rows are fetched from memory, those to be written too, a few steps ahead of their use. The loops are in
-numba_scan_loops.py; a block of channels is few vectors of WIDE lanes, see numba_vectors.py.
+Rows that will be read or written are prefetched a few steps ahead. The loops are in numba_scan_loops.py; a block of
+channels is a few vectors of WIDE lanes, see numba_vectors.py.
 """
 
 import numpy as np

@@ -2,11 +2,14 @@
 
     make demo
 
-Leaves the two models in outputs/demo/none and outputs/demo/upper, and a plot in outputs/demo/demo.png.
+Leaves the two models in outputs/demo/none and outputs/demo/upper, and a plot in outputs/demo/demo.png. Stopped and run
+again, it continues.
 """
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from transformers import pipeline
 from fambav_training.data.labeled_images import DIGITS, load_labeled_images
 from fambav_training.markdown import markdown_table
 from fambav_training.plots import plot_to
+from fambav_training.release.saving import CHECKPOINTS, RESULTS_FILE
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 OUTPUT = Path("outputs/demo")
@@ -30,9 +34,13 @@ def train(strategy: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", str(Path(__file__).parent / "train.py")]
     command += [f"--config={CONFIG}", f"--fusion_strategy={strategy}", f"--output_dir={folder}"]
+    command += ["--resume_from_checkpoint=latest"]  # of a demo that was stopped
     # Threads that wait without spinning, which costs nothing here and much on a machine that is busy
-    subprocess.run(command, check=True, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
-    return json.loads((folder / "all_results.json").read_text())
+    process = subprocess.run(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
+    if process.returncode != 0:
+        sys.exit(f"error: training with fusion_strategy={strategy} ended with exit code {process.returncode}")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # so that the next demo starts anew
+    return json.loads((folder / RESULTS_FILE).read_text())
 
 
 def compare(results: dict[str, dict[str, Any]]) -> str:
@@ -93,6 +101,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {strategy: train(strategy) for strategy in STRATEGIES}
     plot(results, OUTPUT / "demo.png")
     text = f"{report(results)}\n{classify_held_out_digit(OUTPUT / 'upper')}"

@@ -205,7 +205,7 @@ def _rates(A: Tensor) -> Tensor:
 
 
 def _run(decay: Tensor, states: Tensor, backwards: bool = False) -> None:
-    """Replace drives by states: h_t = decay_t h_{t-1} + drive_t. The decays are spent if they run in blocks.
+    """Replace drives by states: h_t = decay_t h_{t-1} + drive_t. Overwrites the decays if they run in blocks.
 
     Args:
         decay: (T, ...).

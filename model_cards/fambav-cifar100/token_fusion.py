@@ -249,7 +249,7 @@ def _has_kernels(tensor: Tensor) -> bool:
 
 
 def _kernels(tensor: Tensor) -> FusionKernels:
-    """Those for a tensor like this one, also where the backend has changed since the fusion of these gradients."""
+    """Kernels for this tensor's device, even if the backend has changed between forward and backward."""
     backend = selective_scan_backend(tensor)
     return _triton_kernels() if backend == "triton" or tensor.device.type != "cpu" else _numba_kernels()
 

@@ -72,8 +72,8 @@ def test_kernels_equal_torch_operations(device, case, dtype):
     assert all(torch.equal(one, other) for one, other in zip(actual, again))
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 64, 500])
-@pytest.mark.parametrize("num_tokens", [5, 12, 131, 200])  # of the last two, not all blocks are in reach of each other
+@pytest.mark.parametrize("window", [1, 6, 64])
+@pytest.mark.parametrize("num_tokens", [12, 131])  # of the latter, not all blocks are in reach of each other
 @pytest.mark.parametrize("device", DEVICES)
 def test_tokens_in_a_window(device, num_tokens, window):
     metric, stream = (random_tensor(2, num_tokens, 8, seed=seed).to(device) for seed in (0, 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fambav_training import cli
 from fambav_training.cli import ArgumentError, one_line_errors, parse_arguments
 from modeling_fambav import FambaVConfig
 from train import TrainingArguments
@@ -288,3 +289,13 @@ def test_what_users_can_put_right_ends_the_process_with_a_line(fail, expected):
 def test_a_mistake_of_the_code_keeps_its_trace():
     with pytest.raises(KeyError), one_line_errors():
         {}["missing"]
+
+
+def test_help_says_what_every_field_of_the_model_is(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--fusion_tokens INT Tokens r removed at each fused layer, clamped to what" in printed
+    assert "(default: 9)" in printed
+    described = cli._field_descriptions()
+    assert all(len(described[name]) > 15 for name in cli.model_fields())

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -32,8 +33,11 @@ def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, 
         options = dict(word.removeprefix("--").split("=") for word in command if "=" in word)
         folder = save_classifier(demo.OUTPUT / options["fusion_strategy"], num_labels=10)
         (folder / "all_results.json").write_text(json.dumps(results(options["fusion_strategy"])))
+        (folder / "checkpoints").mkdir()
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
     monkeypatch.setattr(subprocess, "run", run)
     demo.main()
     printed = capsys.readouterr().out
@@ -41,6 +45,9 @@ def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, 
         ["--fusion_strategy=none"],
         ["--fusion_strategy=upper"],
     ]
+    # One that was stopped continues, and one that ended leaves nothing to continue from
+    assert all("--resume_from_checkpoint=latest" in command for command in commands)
+    assert not list(demo.OUTPUT.glob("*/checkpoints"))
     none, upper = (
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in printed.splitlines()
@@ -56,11 +63,17 @@ def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, 
 
 
 def test_a_run_that_fails_ends_the_demo(tmp_path, monkeypatch):
-    def fail(command, **_):
-        raise subprocess.CalledProcessError(1, command)
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(subprocess.CalledProcessError):
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 143))
+    with pytest.raises(SystemExit, match="error: training with fusion_strategy=none ended with exit code 143"):
         demo.main()
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--anything"]])
+def test_flags_train_nothing(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(SystemExit):
+        demo.main()

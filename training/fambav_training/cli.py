@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
+import re
 import sys
 import types
 import typing
@@ -55,11 +57,26 @@ def add_model_flags(parser: argparse.ArgumentParser, prefix: str = "") -> None:
 
     Those not given are absent from the parsed namespace.
     """
-    group = parser.add_argument_group("model", "fields of FambaVConfig, see its documentation")
+    group = parser.add_argument_group(
+        "model", "fields of FambaVConfig; by default those of a checkpoint, if there is one"
+    )
+    descriptions = _field_descriptions()
+    defaults = {field.name: field.default for field in dataclasses.fields(FambaVConfig)}
     for name, annotation in model_fields().items():
         if not name.startswith(prefix):
             continue
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, **_flag_options(annotation))
+        words = f"{descriptions.get(name, '')} (default: {defaults[name]})".replace("%", "%%")
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=words, **_flag_options(annotation))
+
+
+def _field_descriptions() -> dict[str, str]:
+    """What the documentation of `FambaVConfig` says of each field, in one line."""
+    section = inspect.cleandoc(FambaVConfig.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found = {}
+    for entry in re.split(r"\n(?=    \w)", f"\n{section}")[1:]:
+        names, text = re.match(r"    ([\w, ]+) \(.*?\):\s+(.*)", entry, re.DOTALL).groups()
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()).replace("`", ""))
+    return found
 
 
 def config_overrides(namespace: argparse.Namespace) -> dict[str, Any]:

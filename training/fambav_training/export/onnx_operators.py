@@ -168,7 +168,7 @@ def bidirectional_scan(
     keep_states: bool,
     backend: str,
 ) -> tuple[FLOAT, FLOAT, FLOAT]:
-    """As `bidirectional_scan`; of what only a backward pass needs, nothing that is right.
+    """As `bidirectional_scan`; outputs that only a backward pass needs are placeholders.
 
     Time comes first, because a loop runs over the first dimension, and the backward direction is turned round once
     before everything and once after it.

@@ -42,7 +42,7 @@ def fused_layers(strategy: str, num_layers: int, start_layer: int | None = None)
 
 
 def even_order(layers: list[int]) -> list[int]:
-    """Layers in an order of which any number of the first ones lie evenly among the others."""
+    """Order layers so that every prefix is spread evenly over the stack."""
     # As the smallest of the multiples of the golden ratio, modulo 1, do
     return [layer for _, layer in sorted((place * _GOLDEN_RATIO % 1, layer) for place, layer in enumerate(layers))]
 

@@ -93,7 +93,7 @@ def _step_and_take_back(optimizer: torch.optim.Optimizer, parameters: list[Tenso
 
 @torch.no_grad()
 def step_unless(optimizer: AcceleratedOptimizer, is_bad: Tensor) -> None:
-    """One step, or none if `is_bad` holds, a truth value on the device; nobody waits for it.
+    """One step, or none if `is_bad` holds: a boolean tensor on the device, whose value the host never waits for.
 
     With float16, the gradients' scaler takes no step and halves its scale, as at an overflow.
     """

@@ -4,9 +4,9 @@ A run can stop at any step and resume as if it had not: the order of the images 
 epoch, and all other randomness of a batch (augmentation, dropped paths) of the seed, the epoch, the batch and the
 process.
 
-A step asks for no value of the device. What follows from its loss (`_settle`: to stop, to count it, the schedule, the
-average of the weights) waits until the device has the gradients of the next step to compute, and comes before that
-step changes a weight. Steps that are logged, saved or the last of an epoch are settled at once.
+A step never waits for a value from the device. What follows from its loss (`_settle`: to stop, to count it, the
+schedule, the average of the weights) waits until the device has the gradients of the next step to compute, and comes
+before that step changes a weight. Steps that are logged, saved or the last of an epoch are settled at once.
 """
 
 import dataclasses
