@@ -1,130 +1,119 @@
-"""The script for a GPU: its commands, its deadline and its bookkeeping, by stand-ins for the commands."""
+"""What only a GPU can show: a rehearsal of all steps on the CPU, and its messages."""
 
 import json
-import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import measure_on_gpu
-import reproduce
-from fambav_training.cli import parse_arguments
-from fambav_training.run.arguments import TrainingArguments
-from measure_on_gpu import Stage
-from support.child_process import DEADLINE_SECONDS, REPOSITORY
+from support.child_process import REPOSITORY
 
-_COUNT = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(str(int(path.read_text()) + 1))"
-_SLEEP = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("saved")))
-print("ready", flush=True)
-time.sleep(60)
-"""
+# Packages that a machine with a GPU may lack
+_WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'evaluate', 'kornia', 'matplotlib', 'numba')))"
 
 
-@pytest.fixture
-def stand_ins(monkeypatch, tmp_path) -> dict[str, list[str]]:
-    """Commands by stage: each counts in a file named after it how often it ran. Change them to do otherwise."""
-    names = [stage.name for stage in measure_on_gpu.stages("data", Path("out"))]
-    commands = {}
-    for name in names:
-        (tmp_path / name).write_text("0")
-        commands[name] = [sys.executable, "-c", _COUNT, str(tmp_path / name)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(measure_on_gpu, "stages", lambda *_: [Stage(name, commands[name]) for name in names])
-    return commands
+@pytest.fixture(scope="module")
+def images_file(tmp_path_factory):
+    labels = torch.arange(80) % 4
+    pixels = torch.randint(256, (80, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    path = tmp_path_factory.mktemp("images") / "images.safetensors"
+    tensors = {"train_images": pixels[:64], "train_labels": labels[:64]}
+    tensors |= {"test_images": pixels[64:].clone(), "test_labels": labels[64:].clone()}
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, {"origin": "noise"})
+    return path
 
 
-def counts(folder: Path, *names: str) -> list[int]:
-    return [int((folder / name).read_text()) for name in names]
-
-
-def test_commands_are_ones_that_the_scripts_read(capsys):
-    measure_on_gpu.main(["--list", "--dataset_name", "my data"])
-    tests, benchmark, upper, none, table = map(shlex.split, capsys.readouterr().out.splitlines())
-    assert (
-        tests[1:3] == ["-m", "pytest"] and benchmark[1].endswith("benchmark.py") and table[1].endswith("reproduce.py")
-    )
-    assert reproduce.parse(table[2:]).scale == "native32"
-    for words, strategy in ((upper, "upper"), (none, "none")):
-        args, overrides = parse_arguments(TrainingArguments, "", words[2:])
-        assert (args.dataset_name, args.mixed_precision) == ("my data", "bf16")
-        assert (overrides["fusion_strategy"], overrides["image_size"]) == (strategy, 32)
-    assert upper[:-4] == none[:-4]  # they differ in strategy and folder only
-
-
-def test_finished_stages_are_left_alone_and_failed_ones_run_again(stand_ins, tmp_path, capsys):
-    works, stand_ins["benchmark"] = stand_ins["benchmark"], [sys.executable, "-c", "raise SystemExit(3)"]
-    words = ["--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="benchmark failed, see the logs"):
-        measure_on_gpu.main(words)
-    assert json.loads((tmp_path / "out" / "stages.json").read_text())["benchmark"] == 3
-    stand_ins["benchmark"] = works
+def rehearse(images_file, folder, *words):
+    words = ["--rehearse", "--images", str(images_file), "--output_dir", str(folder), *words]
     measure_on_gpu.main(words)
-    assert counts(tmp_path, "tests", "benchmark", "upper", "none", "table1") == [1, 1, 1, 1, 1]
-    assert "tests: finished before" in capsys.readouterr().out
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def test_a_stage_is_asked_to_stop_when_the_time_is_over(stand_ins, tmp_path):
-    stand_ins["upper"] = [sys.executable, "-c", _SLEEP]
-    words = ["--output_dir", str(tmp_path / "out"), "--stages", "tests", "upper", "none", "--minutes", "0.05"]
-    with pytest.raises(SystemExit, match="upper: stopped, the time is up"):
-        measure_on_gpu.main(words)
-    assert (tmp_path / "out" / "upper.log").read_text().splitlines()[-1] == "saved"
-    assert json.loads((tmp_path / "out" / "stages.json").read_text()) == {"tests": 0, "upper": None}
-    assert counts(tmp_path, "tests", "none") == [1, 0]
+def test_a_rehearsal_fills_every_file(images_file, tmp_path, capsys):
+    reports = rehearse(images_file, tmp_path)
+    assert list(reports) and set(reports) == set(measure_on_gpu.STEPS)
+    for report in reports.values():
+        assert report["is_complete"] and report["conditions"]["device"].startswith("cpu")
+        assert report["conditions"]["images"] == "noise" and report["conditions"]["versions"]["torch"]
+        assert not any("error" in cell for cell in report["cells"].values())
+    (records,) = (cell["records"] for cell in reports["model_speed"]["cells"].values())
+    assert [(record["family"], record["strategy"]) for record in records][1:] == [
+        ("famba-v", "none"),
+        ("famba-v", "upper"),
+    ]
+    assert all(record["forward_seconds"] > 0 and record["step_seconds"] > 0 for record in records)
+    for cell in reports["kernel_speed"]["cells"].values():
+        assert cell["numba"]["forward_ms"] > 0 and cell["torch"]["forward_backward_ms"] > 0
+    curve = reports["time_to_accuracy"]["cells"]
+    assert set(curve) == {f"{strategy}, epoch {epoch}" for strategy in ("upper", "none") for epoch in (1, 2)}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    capsys.readouterr()
+    rehearse(images_file, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing is measured twice
+
+
+def test_when_the_time_is_up_the_rest_waits(images_file, tmp_path):
+    with pytest.raises(SystemExit, match="kernel_accuracy: the time is up; the same command goes on"):
+        rehearse(images_file, tmp_path, "--minutes", "1e-9")
+    assert rehearse(images_file, tmp_path, "--steps", "kernel_speed")["kernel_speed"]["is_complete"]
+
+
+def test_a_cell_that_fails_is_named_at_the_end(images_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure_on_gpu.model_speed, "measure", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit, match="error: 1 cells failed"):
+        rehearse(images_file, tmp_path, "--steps", "model_speed", "kernel_speed")
+    printed = capsys.readouterr().out
+    assert "rehearsal: ZeroDivisionError at test_measure_on_gpu.py" in printed and "kernel_speed: 2 cells" in printed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stage_ends_with_the_script(number, tmp_path):
-    script = (
-        # A process in the background inherits that SIGINT is ignored
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import sys; import torch, measure_on_gpu as m; torch.cuda.is_available = lambda: True;"
-        f"m.stages = lambda *_: [m.Stage('upper', [sys.executable, '-c', {_SLEEP!r}])];"
-        f"m.main(['--output_dir', {str(tmp_path / 'out')!r}])"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'training'}{os.pathsep}{REPOSITORY}"}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("upper: running")
-    log = tmp_path / "out" / "upper.log"
-    while not log.exists() or "ready" not in log.read_text().splitlines():
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(DEADLINE_SECONDS) != 0
-    assert log.read_text().splitlines()[-1] == "saved"
+def test_it_runs_without_the_packages_of_training_and_a_signal_loses_nothing(images_file, tmp_path):
+    code = f"{_WITHOUT}; import measure_on_gpu; measure_on_gpu.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--rehearse", "--images", str(images_file), "--output_dir", str(tmp_path)]
+    command += ["--steps", "kernel_accuracy", "kernel_speed", "time_to_accuracy"]
+    options = {"cwd": REPOSITORY / "training", "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, **options)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "kernel_accuracy.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    report = json.loads((tmp_path / "kernel_accuracy.json").read_text())
+    assert report["cells"] and not report["is_complete"]
+    done = subprocess.run(command, env=environment, timeout=600, check=False, **options)
+    assert done.returncode == 0, done.stdout
+    after = json.loads((tmp_path / "kernel_accuracy.json").read_text())
+    assert after["is_complete"] and {name: after["cells"][name] for name in report["cells"]} == report["cells"]
+    assert all(", torch," in name for name in after["cells"])  # numba is not there
+    assert json.loads((tmp_path / "time_to_accuracy.json").read_text())["is_complete"]
 
 
-def test_seconds_to_a_target_are_those_of_the_first_score_above_it(tmp_path):
-    (tmp_path / "upper").mkdir()
-    records = [{"step": 5, "train_loss": 1.0, "train_seconds": 50.0}]
-    for epoch, top1 in enumerate((60.0, 71.0, 69.0, 75.0), 1):
-        records.append({"step": epoch, "epoch": epoch, "train_seconds": 100.0 * epoch, "top1": top1, "ema_top1": 5.0})
-    (tmp_path / "upper" / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    assert measure_on_gpu.accuracy_over_time(tmp_path)["upper"]["seconds_to_top1"] == {"70": 200.0, "76": None}
-    # The last epoch is scored for the results only
-    results = {"epochs": 5.0, "train_seconds": 500.0, "top1": 76.5, "ema_top1": 5.0}
-    (tmp_path / "upper" / "all_results.json").write_text(json.dumps(results))
-    curves = measure_on_gpu.accuracy_over_time(tmp_path)
-    assert list(curves) == ["upper"] and len(curves["upper"]["points"]) == 5
-    assert curves["upper"]["seconds_to_top1"] == {"70": 200.0, "76": 500.0}
-    measure_on_gpu.plot(curves, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
-
-
-def test_wrong_calls(stand_ins, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="--stages tables: expected some of tests benchmark upper none table1"):
-        measure_on_gpu.main(["--stages", "tables"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--images: expected the file that --prepare has written"),
+        (["--minutes", "0", "--steps", "kernel_speed"], "--minutes 0.0: expected a number above 0"),
+        (["--steps", "tables"], "invalid choice: 'tables'"),
+    ],
+)
+def test_wrong_flags_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
-        measure_on_gpu.main(["--minutes", "0"])
-    assert "--minutes 0.0: expected a number above 0" in capsys.readouterr().err
+        measure_on_gpu.main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_files_and_machines_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="torch finds no GPU"):
-        measure_on_gpu.main([])
+    with pytest.raises(SystemExit, match="error: torch finds no GPU; --rehearse"):
+        measure_on_gpu.main(["--steps", "kernel_speed"])
+    with pytest.raises(SystemExit, match="error: .*nothing: not a file of --prepare"):
+        measure_on_gpu.main(["--rehearse", "--images", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="error: "):
+        measure_on_gpu.main(["--prepare", str(tmp_path / "images"), "--dataset_name", str(tmp_path / "nowhere")])

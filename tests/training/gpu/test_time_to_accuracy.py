@@ -1,0 +1,57 @@
+"""Training on a GPU's images: that it learns, stops and goes on with the same bits."""
+
+import dataclasses
+from itertools import islice
+
+import pytest
+import torch
+
+from fambav_training.gpu import time_to_accuracy
+from fambav_training.gpu.images_file import Images
+from fambav_training.gpu.plan import rehearsal
+
+PLAN = dataclasses.replace(rehearsal(), epochs=3, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """Two classes, dark and bright."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(160) % 2
+    noise = torch.randint(80, (160, 3, 16, 16), generator=generator)
+    pixels = (noise + 150 * labels[:, None, None, None]).to(torch.uint8)
+    return Images(pixels[:128], labels[:128], pixels[128:], labels[128:], "two classes")
+
+
+def test_it_learns_and_a_stop_changes_no_bit(images, tmp_path):
+    whole = {cell.name: cell.measure() for cell in time_to_accuracy.cells(PLAN, images, tmp_path / "whole")}
+    assert list(whole) == [f"{strategy}, epoch {epoch}" for epoch in (1, 2, 3) for strategy in ("upper", "none")]
+    for strategy in time_to_accuracy.STRATEGIES:
+        epochs = [whole[f"{strategy}, epoch {epoch}"] for epoch in (1, 2, 3)]
+        assert epochs[-1]["top1"] == 100
+        assert epochs[0]["train_seconds"] < epochs[1]["train_seconds"] < epochs[2]["train_seconds"]
+    for cell in islice(time_to_accuracy.cells(PLAN, images, tmp_path / "stopped"), 3):
+        cell.measure()
+    again = {cell.name: cell.measure() for cell in time_to_accuracy.cells(PLAN, images, tmp_path / "stopped")}
+    for name, record in again.items():
+        assert record["train_loss"] == whole[name]["train_loss"] and record["top1"] == whole[name]["top1"]
+    for strategy in time_to_accuracy.STRATEGIES:
+        one, other = (
+            torch.load(tmp_path / folder / f"{strategy}.pt", weights_only=True)["model"]
+            for folder in ("whole", "stopped")
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_images_are_moved_and_mirrored_but_not_changed():
+    columns = torch.arange(1, 9, dtype=torch.uint8).expand(64, 3, 8, 8).contiguous()
+    augmented = time_to_accuracy._augmented(columns, torch.Generator().manual_seed(0))
+    assert augmented.shape == columns.shape and augmented.dtype == torch.uint8
+    directions = set()
+    rows = [max(image, key=lambda row: sum(value != 127 for value in row)) for image in augmented[:, 0].tolist()]
+    for row in rows:
+        inside = [value for value in row if value != 127]
+        assert inside in (sorted(inside), sorted(inside, reverse=True)) and len(inside) >= 4
+        directions.add(inside == sorted(inside))
+    assert directions == {True, False}
+    assert len({tuple(row) for row in rows}) > 8
