@@ -33,14 +33,17 @@ def test_it_is_torchs_count_and_that_of_the_scans(stem_channels):
     assert multiply_adds(config) == counter.get_total_flops() // 2 + of_scan_operators(config)
 
 
-def test_a_layer_that_fuses_compares_even_with_odd_tokens():
-    config = tiny_config(fusion_strategy="custom", fusion_schedule=[0, 3, 0])
+@pytest.mark.parametrize("window", [None, 1, 4, 5, 15, 16, 99])
+def test_a_layer_that_fuses_compares_even_with_odd_tokens(window):
+    config = tiny_config(fusion_strategy="custom", fusion_schedule=[0, 3, 0], fusion_window=window)
     unfused = with_fusion(config, {"fusion_strategy": "none"})
     saved_tokens = sum(unfused.sequence_lengths) - sum(config.sequence_lengths)
     of_a_token = of_scan_operators(unfused) // sum(unfused.sequence_lengths)
     of_a_token += 3 * config.hidden_size * config.intermediate_size
     assert config.sequence_lengths == [17, 14, 14]
-    assert multiply_adds(unfused) - multiply_adds(config) == saved_tokens * of_a_token - 8 * 9 * config.hidden_size
+    distances = [abs(even - odd) for even in range(0, 17, 2) for odd in range(1, 17, 2)]
+    compared = sum(window is None or distance <= window for distance in distances)
+    assert multiply_adds(unfused) - multiply_adds(config) == saved_tokens * of_a_token - compared * config.hidden_size
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -15,21 +15,32 @@ def multiply_adds(config: FambaVConfig) -> int:
     """Multiply-adds of one image through the model, without its classifier.
 
     Counted are the stem or the projection of the patches, all products and convolutions of the mixers, the scans and,
-    in layers that fuse, the similarities of the tokens. Not counted is what does one operation a value: norms,
-    activations, exponentials, gates and the averages of the tokens.
+    in layers that fuse, the similarities of the tokens that `fusion_window` lets compare: the CPU kernels compute whole
+    blocks of these, and plain torch, mamba-ssm and ONNX those of all tokens. Not counted: operations that touch each
+    value once (norms, activations, exponentials, gates and the averages of the tokens).
     """
     tokens_before = [config.num_patches + 1, *config.sequence_lengths[:-1]]
     total = _of_embeddings(config)
     for before, after in zip(tokens_before, config.sequence_lengths):
         total += after * _of_a_token(config)
         if after < before:
-            total += (before // 2) * (before - before // 2) * config.hidden_size
+            total += _pairs(before, config.fusion_window) * config.hidden_size
     return total
 
 
 def multiply_add_share(config: FambaVConfig) -> float:
     """Multiply-adds of a configuration as a share of those that it has without fusion."""
     return multiply_adds(config) / multiply_adds(with_fusion(config, UNFUSED))
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Pairs of an even and an odd token that are at most `window` places apart, or all pairs if it is None."""
+    reach = tokens if window is None else window
+    pairs = 0
+    for i in range((tokens + 1) // 2):
+        first_odd, end = max(0, i - (reach + 1) // 2), min(tokens // 2, i + (reach - 1) // 2 + 1)
+        pairs += end - first_odd
+    return pairs
 
 
 def _of_a_token(config: FambaVConfig) -> int:
