@@ -80,8 +80,21 @@ def test_a_window_computes_only_what_is_in_reach(monkeypatch):
     for window in (None, 64):
         match_tokens(metric, 9, window=window)
     (all_products, is_banded), (in_window, is_banded_in_window) = multiplied
-    assert not is_banded and all_products.shape == (513, 512)
-    assert is_banded_in_window and in_window.shape == (9 * 64, 32 + 64 + 31)
+    assert not is_banded and all_products.shape == (1, 513, 512)
+    assert is_banded_in_window and in_window.shape == (1, 9 * 64, 32 + 64 + 31)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_an_empty_batch(window):
+    set_selective_scan_backend("numba")
+    metric = torch.zeros(0, 513, 16, requires_grad=True)
+    assert match_tokens(metric, 100, window=window).new_index.shape == (0, 513)
+    *merged, matching = token_fusion.fuse(metric, metric, 100, window=window)
+    assert matching.new_index.shape == (0, 513)
+    for values in (*merged, matching.merge(metric)):
+        assert values.shape == (0, 413, 16)
+        (gradient,) = torch.autograd.grad(values.sum(), metric, retain_graph=True)
+        assert gradient.shape == metric.shape
 
 
 def test_class_tokens_at_different_places():
