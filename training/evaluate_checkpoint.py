@@ -137,13 +137,18 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, Any]]:
         "--sweep", nargs="*", choices=STRATEGIES, help="score without fusion and with these strategies, all if empty"
     )
     modes.add_argument("--ablate", action="store_true", help="score with one field of the fusion changed at a time")
-    modes.add_argument("--target_speedup", type=float, help="score with the least fusion that is so many times faster")
+    modes.add_argument(
+        "--target_speedup", type=float, help="score with the least fusion that is this many times as fast"
+    )
     modes.add_argument(
         "--target_tokens", type=float, help="score with the fusion that leaves this share of the tokens"
     )
     parser.add_argument("--sweep_tokens", type=int, nargs="+", help="numbers of tokens per layer that --sweep tries")
     parser.add_argument(
-        "--sweep_saved", type=float, nargs="+", help="instead, shares of the multiply-adds that --sweep saves"
+        "--sweep_saved",
+        type=float,
+        nargs="+",
+        help="shares of the multiply-adds to save, in place of --sweep_tokens",
     )
     parser.add_argument(
         "--sweep_orders", nargs="+", choices=("raster", "appended"), help="orders of the tokens that --sweep tries"
@@ -160,7 +165,11 @@ def run_sweep(args: argparse.Namespace, scorer: Scorer, conditions: dict[str, An
         settings = ablation_settings(config)
     else:
         settings = sweep_settings(
-            config, args.sweep or STRATEGIES, args.sweep_tokens, args.sweep_saved, args.sweep_orders
+            config,
+            args.sweep or STRATEGIES,
+            tokens=args.sweep_tokens,
+            saved=args.sweep_saved,
+            orders=args.sweep_orders,
         )
     report = {
         "model": args.model,

@@ -115,6 +115,20 @@ def test_sweep_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_pa
     assert (tmp_path / "results" / "evaluation.png").exists()
 
 
+def test_sweep_by_what_is_saved_in_both_orders(model_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(scoring, "measured_speedup", by_tokens)
+    words = ["--sweep", "upper", "--sweep_saved", 0.2, "--sweep_orders", "raster", "appended"]
+    unfused, *rows = run(monkeypatch, tmp_path, model_folder, "--max_eval_samples", 8, *words)["rows"]
+    assert (unfused["strategy"], unfused["changes"]) == ("none", {})
+    assert [(row["strategy"], row["changes"]) for row in rows] == [
+        ("upper", {"fusion_order": "raster"}),
+        ("upper", {"fusion_order": "appended"}),
+    ]
+    for row in rows:
+        assert 1 - row["multiply_adds"] / unfused["multiply_adds"] == pytest.approx(0.2, abs=0.02)
+    assert (tmp_path / "results" / "evaluation.png").exists()
+
+
 def test_ablation_gives_the_scores_of_single_runs(model_folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scoring, "measured_speedup", by_tokens)
     common = [model_folder, "--max_eval_samples", 40, "--fusion_strategy", "upper", "--fusion_tokens", 5]
@@ -182,6 +196,7 @@ def test_targets_are_found_and_scored(model_folder, monkeypatch, tmp_path, capsy
     "words, expected",
     [
         (["--sweep", "--sweep_tokens", "2", "0"], "fusion_tokens=0"),
+        (["--sweep", "upper", "--sweep_saved", "0.9"], "--sweep_saved 0.9: 'upper' fusion of this model saves"),
         (["--ablate", "--fusion_strategy", "none"], "--ablate: expected a fusion to vary"),
         (["--target_tokens", "0.1"], "'upper' fusion of this model leaves at least"),
         (["--target_speedup", "0.5"], "speedup 0.5: expected a number above 1"),

@@ -50,6 +50,6 @@ def test_a_layer_that_fuses_compares_even_with_odd_tokens(window):
 def test_a_share_of_the_multiply_adds_is_met(strategy):
     config = FambaVConfig()
     for share in (0.9, 0.7):
-        fused = with_fusion(config, fusion_for_share(config, share, strategy, multiply_add_share))
+        fused = with_fusion(config, fusion_for_share(config, share, strategy, of="multiply-adds"))
         assert multiply_add_share(fused) == pytest.approx(share, abs=0.01)
         assert token_share(fused) < share  # the patches' projection and the similarities are not saved

@@ -1,6 +1,8 @@
 """A sweep over fusion: what is measured, the rows, and a report that is whole after every one of them."""
 
 import json
+import re
+from contextlib import contextmanager
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -13,10 +15,12 @@ from fambav_training.fusion.sweep import (
     ablation_settings,
     default_tokens,
     markdown,
+    plot,
     sweep,
     sweep_settings,
     write_report,
 )
+from fambav_training.plots import plot_to
 from modeling_fambav import FambaVConfig
 from support.helpers import tiny_config
 
@@ -58,8 +62,14 @@ def test_settings_by_what_they_save_and_in_both_orders():
     ]
     for setting, share in zip(settings, 4 * (0.9, 0.7)):
         assert multiply_add_share(with_fusion(config, setting.fusion)) == pytest.approx(share, abs=0.01)
-    with pytest.raises(ValueError, match="share 0.1: 'upper' fusion of this model leaves at least"):
-        sweep_settings(config, ["upper"], saved=[0.3, 0.9])
+
+
+def test_more_than_a_strategy_can_save_is_refused_with_what_it_can():
+    expected = r"--sweep_saved 0\.9: 'upper' fusion of this model saves at most (0\.\d{3}) of the multiply-adds"
+    with pytest.raises(ValueError, match=expected) as refused:
+        sweep_settings(FambaVConfig(), ["upper"], saved=[0.3, 0.9])
+    most = float(re.search(expected, str(refused.value))[1])
+    assert len(sweep_settings(FambaVConfig(), ["upper"], saved=[most])) == 2
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_measured():
@@ -195,6 +205,28 @@ def test_report_is_whole_after_every_row(tmp_path, num_rows):
     with Image.open(tmp_path / "sweep.png") as plot:
         plot.verify()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.json", "sweep.md", "sweep.png"]
+
+
+def test_the_published_order_is_dashed_in_the_colour_of_its_strategy(tmp_path, monkeypatch):
+    drawn = []
+
+    @contextmanager
+    def kept(*arguments, **options):
+        with plot_to(*arguments, **options) as axes:
+            drawn.extend(axes)
+            yield axes
+
+    monkeypatch.setattr("fambav_training.fusion.sweep.plot_to", kept)
+    config = tiny_config()
+    settings = sweep_settings(config, ["upper", "all"], [2, 4], orders=["raster", "appended"])
+    plot({**make_report(1), "rows": list(sweep(config, settings, measure_by(config)))}, tmp_path / "sweep.png")
+    for axis in drawn:
+        assert {line.get_label(): (line.get_linestyle(), line.get_color()) for line in axis.lines[:-1]} == {
+            "upper, order=raster": ("-", "C0"),
+            "all, order=raster": ("-", "C1"),
+            "upper, order=appended": ("--", "C0"),
+            "all, order=appended": ("--", "C1"),
+        }
 
 
 def test_an_error_while_writing_leaves_the_report_before_it(tmp_path, monkeypatch):

@@ -89,10 +89,10 @@ def test_own_fusion_does_not_matter_and_stays():
 @pytest.mark.parametrize(
     "share, strategy, expected",
     [
-        (0.1, "upper", r"share 0.1: 'upper' fusion of this model leaves at least 0\.\d\d\d"),
-        (0.0, "all", "share 0: expected a number above 0 and below 1"),
-        (1.0, "all", "share 1:"),
-        (math.nan, "all", "share nan"),
+        (0.1, "upper", r"share of the tokens 0.1: 'upper' fusion of this model leaves at least 0\.\d\d\d"),
+        (0.0, "all", "share of the tokens 0: expected a number above 0 and below 1"),
+        (1.0, "all", "share of the tokens 1:"),
+        (math.nan, "all", "share of the tokens nan"),
         (0.5, "custom", "strategy 'custom': expected one of all, interleaved, lower, upper"),
         (0.5, "none", "strategy 'none'"),
     ],
@@ -101,6 +101,11 @@ def test_own_fusion_does_not_matter_and_stays():
 def test_impossible_shares_are_refused(share, strategy, expected):
     with pytest.raises(ValueError, match=expected):
         fusion_for_share(tiny_config(), share, strategy)
+
+
+def test_impossible_shares_of_the_multiply_adds_are_refused():
+    with pytest.raises(ValueError, match="share of the multiply-adds 0.1: 'upper' fusion of this model leaves"):
+        fusion_for_share(tiny_config(), 0.1, "upper", of="multiply-adds")
 
 
 # ---- speed ----

@@ -15,9 +15,9 @@ def multiply_adds(config: FambaVConfig) -> int:
     """Multiply-adds of one image through the model, without its classifier.
 
     Counted are the stem or the projection of the patches, all products and convolutions of the mixers, the scans and,
-    in layers that fuse, the similarities of the tokens that `fusion_window` lets compare: the CPU kernels compute whole
-    blocks of these, and plain torch, mamba-ssm and ONNX those of all tokens. Not counted: operations that touch each
-    value once (norms, activations, exponentials, gates and the averages of the tokens).
+    in layers that fuse, the similarities of the tokens that `fusion_window` lets compare. The kernels compute whole
+    blocks of those, and plain torch, mamba-ssm and ONNX the similarities of all tokens. Not counted: operations that
+    touch each value once (norms, activations, exponentials, gates and the averages of the tokens).
     """
     tokens_before = [config.num_patches + 1, *config.sequence_lengths[:-1]]
     total = _of_embeddings(config)

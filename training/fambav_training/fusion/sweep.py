@@ -1,15 +1,16 @@
 """Accuracy and speed of one trained model under many fusions: which to measure, the rows, and the report."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fambav_training.files import atomic_file
-from fambav_training.fusion.multiply_adds import multiply_add_share, multiply_adds
+from fambav_training.fusion.multiply_adds import multiply_adds
 from fambav_training.fusion.settings import STRATEGIES, UNFUSED, fused, with_fusion
-from fambav_training.fusion.targets import fusion_for_share, most_tokens
+from fambav_training.fusion.targets import fusion_for_share, least_share, most_tokens
 from fambav_training.markdown import markdown_table
 from fambav_training.plots import plot_to
 from modeling_fambav import FambaVConfig
@@ -73,7 +74,7 @@ def sweep_settings(
 
     def amounts(strategy: str) -> list[dict[str, Any]]:
         if saved is not None:
-            return [fusion_for_share(config, 1 - share, strategy, multiply_add_share) for share in sorted(set(saved))]
+            return [_fusion_that_saves(config, share, strategy) for share in sorted(set(saved))]
         numbers = default_tokens(config, strategy) if tokens is None else sorted(set(tokens))
         return [{"fusion_strategy": strategy, "fusion_tokens": number} for number in numbers]
 
@@ -85,6 +86,17 @@ def sweep_settings(
     for setting in settings:
         with_fusion(config, setting.fusion)
     return settings
+
+
+def _fusion_that_saves(config: FambaVConfig, share: float, strategy: str) -> dict[str, Any]:
+    """Fusion that saves this share of the multiply-adds; raises ValueError if the strategy saves less."""
+    most = 1 - least_share(config, strategy, of="multiply-adds")
+    if share > most:
+        most = math.floor(1000 * most) / 1000  # so that it can be asked for
+        raise ValueError(
+            f"--sweep_saved {share}: {strategy!r} fusion of this model saves at most {most:.3f} of the multiply-adds"
+        )
+    return fusion_for_share(config, 1 - share, strategy, of="multiply-adds")
 
 
 def ablation_settings(config: FambaVConfig) -> list[Setting]:
@@ -114,8 +126,8 @@ def sweep(
         measure: top1, top5 (percent), images_per_second and speedup of the model as it is configured when called.
 
     Yields:
-        a row with the fusion, what was measured, multiply-adds of an image, tokens removed by each layer and that it
-        scans, the mean of the latter, and the tokens left at the end.
+        a row with the fusion, what was measured, multiply-adds of an image, the tokens that each layer removes and
+        scans, the mean number scanned, and the tokens left at the end.
     """
     for strategy, fusion in settings:
         with fused(config, fusion):

@@ -1,4 +1,4 @@
-"""How much fusion it takes: to leave a given share of tokens or multiply-adds, or to be so many times as fast."""
+"""How much fusion it takes to leave a given share of tokens or multiply-adds, or to be a number of times as fast."""
 
 import statistics
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from fambav_training.fusion.budgets import even_order, fused_layers
+from fambav_training.fusion.multiply_adds import multiply_add_share
 from fambav_training.fusion.settings import STRATEGIES, with_fusion
 from fambav_training.fusion.speed import Speedup, measured_speedup
 from modeling_fambav import FambaVConfig
@@ -21,21 +22,29 @@ def token_share(config: FambaVConfig) -> float:
     return statistics.mean(config.sequence_lengths) / (config.num_patches + 1)
 
 
+# By name of what is left
+_SHARES = {"tokens": token_share, "multiply-adds": multiply_add_share}
+
+
 def most_tokens(config: FambaVConfig) -> int:
     """The largest number of tokens that a layer can remove; a larger one is clamped to it."""
     return config.num_patches // 2
 
 
-def fusion_for_share(
-    config: FambaVConfig, share: float, strategy: str, share_left: Callable[[FambaVConfig], float] = token_share
-) -> dict[str, Any]:
+def least_share(config: FambaVConfig, strategy: str, of: str = "tokens") -> float:
+    """The share of the `"tokens"` or `"multiply-adds"` that is left if all these layers remove as much as they can."""
+    fusion = {"fusion_strategy": strategy, "fusion_tokens": most_tokens(config)}
+    return _SHARES[of](with_fusion(config, fusion))
+
+
+def fusion_for_share(config: FambaVConfig, share: float, strategy: str, of: str = "tokens") -> dict[str, Any]:
     """Fusion that leaves this share of what the model has without fusion.
 
     Args:
         config: gives the number of tokens and layers; its own fusion does not matter.
         share: above 0 and below 1; 0.5 is half the tokens, or half of the multiply-adds.
         strategy: `"all"`, `"interleaved"`, `"lower"` or `"upper"`; their layers are fused.
-        share_left: what a configuration leaves of it, `token_share` or `multiply_add_share`.
+        of: of what it is a share, `"tokens"` or `"multiply-adds"`.
 
     Returns:
         the strategy and its `fusion_tokens` if that comes within a hundredth of the share. Otherwise a custom
@@ -47,7 +56,7 @@ def fusion_for_share(
     """
     _check_strategy(strategy)
     if not 0 < share < 1:
-        raise ValueError(f"share {share:g}: expected a number above 0 and below 1")
+        raise ValueError(f"share of the {of} {share:g}: expected a number above 0 and below 1")
     order = even_order(fused_layers(strategy, config.num_hidden_layers))
     most = most_tokens(config)
 
@@ -63,19 +72,21 @@ def fusion_for_share(
         return {**fusion, "fusion_schedule": with_fusion(config, fusion).tokens_removed}
 
     def share_of(fusion: dict[str, Any]) -> float:
-        return share_left(with_fusion(config, fusion))
+        return _SHARES[of](with_fusion(config, fusion))
 
     def distance(fusion: dict[str, Any]) -> float:
         return abs(share_of(fusion) - share)
 
     def nearest(fusion_for: Callable[[int], dict[str, Any]], largest: int) -> dict[str, Any]:
-        # The more is asked for, the fewer tokens in every layer: the share lies between two neighbours
+        # The more is asked for, the fewer tokens in every layer: the share lies between two neighbours. Multiply-adds
+        # fall nearly as steadily: with fewer tokens than layers, one more layer that compares can cost more than its
+        # token saves.
         enough = _smallest(lambda number: share_of(fusion_for(number)) <= share, largest)
         return min((fusion_for(number) for number in (enough, max(1, enough - 1))), key=distance)
 
-    least_share = share_of(by_number(most))
-    if share < least_share:
-        raise ValueError(f"share {share:g}: {strategy!r} fusion of this model leaves at least {least_share:.3f}")
+    least = least_share(config, strategy, of)
+    if share < least:
+        raise ValueError(f"share of the {of} {share:g}: {strategy!r} fusion of this model leaves at least {least:.3f}")
     fusion = nearest(by_number, most)
     if distance(fusion) <= _TOLERANCE:
         return fusion
