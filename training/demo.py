@@ -3,14 +3,13 @@
     make demo
 
 Leaves the two models in outputs/demo/none and outputs/demo/upper, and a plot in outputs/demo/demo.png. Stopped and run
-again, it continues.
+again, it continues where it was.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import pipeline
 from fambav_training.data.labeled_images import DIGITS, load_labeled_images
 from fambav_training.markdown import markdown_table
 from fambav_training.plots import plot_to
+from fambav_training.processes import run_to_end, train_command
 from fambav_training.release.saving import CHECKPOINTS, RESULTS_FILE
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -31,15 +31,13 @@ def train(strategy: str) -> dict[str, Any]:
     """Train in a process of its own, whose memory is its own, and return its results."""
     folder = OUTPUT / strategy
     print(f"\nTraining with fusion_strategy={strategy} ...", flush=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(Path(__file__).parent / "train.py")]
-    command += [f"--config={CONFIG}", f"--fusion_strategy={strategy}", f"--output_dir={folder}"]
-    command += ["--resume_from_checkpoint=latest"]  # of a demo that was stopped
-    # Threads that wait without spinning, which costs nothing here and much on a machine that is busy
-    process = subprocess.run(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
-    if process.returncode != 0:
-        sys.exit(f"error: training with fusion_strategy={strategy} ended with exit code {process.returncode}")
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # so that the next demo starts anew
+    words = [f"--config={CONFIG}", f"--fusion_strategy={strategy}", f"--output_dir={folder}", "--mixed_precision=no"]
+    # Of a demo that was stopped. A training that was finished by then has a checkpoint of its end.
+    words += ["--resume_from_checkpoint=latest", "--checkpointing_steps=epoch", "--checkpoints_total_limit=1"]
+    # One thread, as accelerate's launcher gives a process
+    exit_code = run_to_end(train_command(words), OMP_NUM_THREADS="1")
+    if exit_code != 0:
+        sys.exit(f"error: training with fusion_strategy={strategy} ended with exit code {exit_code}")
     return json.loads((folder / RESULTS_FILE).read_text())
 
 
@@ -102,7 +100,13 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    results = {strategy: train(strategy) for strategy in STRATEGIES}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        results = {strategy: train(strategy) for strategy in STRATEGIES}
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to continue")
+    for strategy in STRATEGIES:
+        shutil.rmtree(OUTPUT / strategy / CHECKPOINTS, ignore_errors=True)  # so that the next demo starts anew
     plot(results, OUTPUT / "demo.png")
     text = f"{report(results)}\n{classify_held_out_digit(OUTPUT / 'upper')}"
     (OUTPUT / "demo.txt").write_text(f"{text}\n")

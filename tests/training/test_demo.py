@@ -1,7 +1,7 @@
-"""`make demo`: what it compares, and that a digit is classified with the model that it trained."""
+"""`make demo`: what it compares, where it continues, and that a digit is classified with the model that it trained."""
 
 import json
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -24,30 +24,34 @@ def results(strategy: str) -> dict:
     }
 
 
-def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, capsys):
-    commands = []
-
-    def run(command, **_):
-        """Stands for the training script: a random model with the results above."""
-        commands.append(command)
-        options = dict(word.removeprefix("--").split("=") for word in command if "=" in word)
-        folder = save_classifier(demo.OUTPUT / options["fusion_strategy"], num_labels=10)
-        (folder / "all_results.json").write_text(json.dumps(results(options["fusion_strategy"])))
-        (folder / "checkpoints").mkdir()
-        return subprocess.CompletedProcess(command, 0)
-
+@pytest.fixture(autouse=True)
+def demo_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
-    monkeypatch.setattr(subprocess, "run", run)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def train(command, **_) -> int:
+    """Stands for the training script: a random model with the results above, and a checkpoint of its end."""
+    options = dict(word.removeprefix("--").split("=") for word in command if "=" in word)
+    folder = save_classifier(demo.OUTPUT / options["fusion_strategy"], num_labels=10)
+    (folder / "all_results.json").write_text(json.dumps(results(options["fusion_strategy"])))
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    return 0
+
+
+def test_two_runs_are_compared_and_a_digit_is_classified(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(demo, "run_to_end", lambda command, **_: commands.append(command) or train(command))
     demo.main()
     printed = capsys.readouterr().out
     assert [[word for word in command if "fusion_strategy" in word] for command in commands] == [
         ["--fusion_strategy=none"],
         ["--fusion_strategy=upper"],
     ]
-    # One that was stopped continues, and one that ended leaves nothing to continue from
-    assert all("--resume_from_checkpoint=latest" in command for command in commands)
-    assert not list(demo.OUTPUT.glob("*/checkpoints"))
+    assert not list(demo.OUTPUT.glob("*/checkpoints"))  # the next demo starts anew
     none, upper = (
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in printed.splitlines()
@@ -62,10 +66,27 @@ def test_two_runs_are_compared_and_a_digit_is_classified(tmp_path, monkeypatch, 
     assert {path.name for path in demo.OUTPUT.iterdir()} == {"none", "upper", "demo.png", "demo.txt", "digit.png"}
 
 
+def test_a_demo_that_is_stopped_continues_where_it_was(monkeypatch):
+    commands = []
+
+    def train_until_stopped(command, **_):
+        if "--fusion_strategy=upper" in command and len(commands) == 1:
+            raise KeyboardInterrupt
+        commands.append(command)
+        return train(command)
+
+    monkeypatch.setattr(demo, "run_to_end", train_until_stopped)
+    with pytest.raises(SystemExit, match="stopped; run the same command again to continue"):
+        demo.main()
+    assert (demo.OUTPUT / "none" / "checkpoints").exists() and not (demo.OUTPUT / "demo.txt").exists()
+    demo.main()
+    assert len(commands) == 3 and not list(demo.OUTPUT.glob("*/checkpoints"))
+    for command in commands:  # the end of a training is saved, and continued from
+        assert {"--resume_from_checkpoint=latest", "--checkpointing_steps=epoch"} <= set(command)
+
+
 def test_a_run_that_fails_ends_the_demo(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["demo.py"])
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 143))
+    monkeypatch.setattr(demo, "run_to_end", lambda *_, **__: 143)
     with pytest.raises(SystemExit, match="error: training with fusion_strategy=none ended with exit code 143"):
         demo.main()
     assert not (tmp_path / "outputs").exists()
@@ -74,6 +95,6 @@ def test_a_run_that_fails_ends_the_demo(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", [["--help"], ["--anything"]])
 def test_flags_train_nothing(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["demo.py", *words])
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(demo, "run_to_end", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(SystemExit):
         demo.main()

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 
 from fambav_training.cli import parse_arguments
 from fambav_training.paper.tables import Cell
+from fambav_training.processes import run_to_end, train_command
 from fambav_training.release.saving import RESULTS_FILE
 from fambav_training.run.arguments import TrainingArguments, recipe_of
 
@@ -63,8 +60,8 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The run as a process; without accelerate's launcher, which would not wait for a checkpoint that is saved."""
-        return [sys.executable, str(Path(__file__).parents[2] / "train.py"), *self.words]
+        """The run as a process."""
+        return train_command(self.words)
 
     @property
     def source(self) -> Path:
@@ -133,22 +130,7 @@ def launch(run: Run) -> int:
     with run.log.open("a") as log:
         log.write(f"$ {shlex.join(run.command)}\n")
         log.flush()
-        process = subprocess.Popen(
-            run.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Threads that wait without spinning, which costs nothing here and much on a machine that is busy
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-            start_new_session=True,
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            # It saves a checkpoint before it leaves
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
+        return run_to_end(run.command, output=log)
 
 
 def log_tail(run: Run) -> str:
