@@ -14,8 +14,8 @@ Scales: `paper` (224 px, 24 layers, 300 epochs), `native32` (the same model on 3
 for a laptop), `distilled` (the model of model_cards/fambav-cifar100, taught by that checkpoint, whose predictions
 store_teacher_views.py has put into outputs/teacher_views) and `quick` (seconds; says nothing about accuracy). At all
 of them a strategy removes the same share of the tokens as in the paper. `--table ablation` varies how tokens are
-fused, which the paper leaves open, `--table order` where a fused token stands, and `--table work` sets smaller models
-without fusion beside the fused one, of as many multiply-adds. Rows that are finished in Table 1, such as the one
+fused, which the paper leaves open, `--table order` where a fused token stands, and `--table work` compares the fused
+model with smaller unfused ones of about as many multiply-adds. Rows that are finished in Table 1, such as the one
 without fusion, are not trained again for another table.
 """
 

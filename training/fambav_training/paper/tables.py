@@ -198,9 +198,9 @@ TABLES = {
     "3": "Table 3",
     "ablation": "Ablation",
     "order": "Order of the tokens",
-    "work": "Equal work",
+    "work": "Nearly equal work",
 }
-# Widths that the kernels like
+# Widths are multiples of this, which suits the kernels
 _WIDTH_STEP = 8
 
 
