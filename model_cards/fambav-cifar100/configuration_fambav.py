@@ -68,8 +68,10 @@ class FambaVConfig(BackboneConfigMixin, PreTrainedConfig):
         fusion_schedule (`list[int]`, *optional*): Tokens removed per layer, for `fusion_strategy="custom"`.
         fusion_metric (`"cosine"`, `"dot"` or `"euclidean"`): Similarity of two tokens.
         fusion_window (`int`, *optional*):
-            Only tokens at most so many places apart are compared, which is cheaper where there are many of them. By
-            default, as in the paper, all are.
+            Compare only tokens at most this many places apart in the current sequence, always an odd number: 16 equals
+            15. Meant for `fusion_order="raster"`; where they are `"appended"`, neighbours in the sequence are not
+            neighbours in the image. The CPU and Triton kernels then compute only those products; other backends and
+            ONNX give the same result without the saving. By default, as in the paper, all are compared.
         fusion_reduction (`"mean"` or `"size_weighted"`):
             Plain mean, or mean weighted by the patches that each token stands for.
         fusion_order (`"raster"` or `"appended"`):

@@ -115,7 +115,7 @@ def match_tokens(
         similarity (`str`): `"cosine"`, `"dot"` or `"euclidean"` (the negative squared distance).
         order (`str`): `"raster"`, survivors keep their order and a fused token stands where its odd partner stood, or
             `"appended"`, the published one: class token, unfused even tokens, odd tokens.
-        window (`int`, *optional*): compare only tokens at most so many places apart, at least 1; all if not given.
+        window (`int`, *optional*): compare only tokens at most this many places apart, at least 1; all if not given.
 
     Similarities are computed in float32 (float64 for a float64 metric), under autocast too: those of tokens that are
     alike differ by less than half precision tells apart.
@@ -187,9 +187,12 @@ def _most_similar(scores: Tensor, r: int, is_class: Tensor, reach: int) -> tuple
     # Nothing is less similar than the class token, also where products overflow
     scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     scores = scores.masked_fill(is_class[:, ::2, None] | is_class[:, None, 1::2], -torch.inf)
-    index = torch.arange(is_class.shape[1], device=is_class.device)
-    # Every even token has an odd neighbour that is not the class token, but for one at an end, which no r requires
-    scores = scores.masked_fill((index[::2, None] - index[None, 1::2]).abs() > reach, -torch.inf)
+    num_tokens = is_class.shape[1]
+    if reach < num_tokens - 1:
+        # Every even token has an odd neighbour other than the class token, except possibly one at an end, which no
+        # allowed r needs
+        index = torch.arange(num_tokens, device=is_class.device)
+        scores = scores.masked_fill((index[::2, None] - index[None, 1::2]).abs() > reach, -torch.inf)
     best_score, best_odd = scores.max(dim=-1)
     fused_even = best_score.topk(r, dim=-1).indices
     return 2 * fused_even, 2 * best_odd.gather(1, fused_even) + 1

@@ -44,7 +44,7 @@ def _offset(norm, similarity):
 
 @kernel
 def _find_partners(address):
-    """products (see `_products`), norms (B, T), class_index (B, 1) -> worst, partner (B, T_even).
+    """products (of `_products`, as rows), norms (B, T), class_index (B, 1) -> worst, partner (B, T_even).
 
     `worst` is minus the best score of each even token. A task is one image and one block of even tokens."""
     job = open_job(address, 5)
@@ -84,7 +84,7 @@ def _find_partners(address):
                 best_scores = where_greater(scores, best_scores, scores, best_scores)
             store(lanes, 0, 0, best_scores)
             store(lanes, 1, 0, best_indices)
-            best, best_odd = np.float32(-np.inf), min(first_odd, num_odd - 1)
+            best, best_odd = np.float32(-np.inf), first_odd
             for lane in range(LANES):
                 score, j = lane_array[0, lane], int(lane_array[1, lane])
                 if score > best or (score == best and score > np.float32(-np.inf) and j < best_odd):
@@ -236,7 +236,7 @@ def _match_operand(metric, class_index: int | Tensor, r: int, similarity: str, o
     num_even = (num_tokens + 1) // 2
     metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     products, is_banded = _products(metric, reach)
-    num_rows, num_columns = products.shape
+    _, rows_per_image, num_columns = products.shape
     class_operand = _class_operand(class_index, batch_size, num_tokens)
     worst = buffer("worst", batch_size, num_even)
     partner = buffer("partner", batch_size, num_even, torch.int64)
@@ -244,9 +244,9 @@ def _match_operand(metric, class_index: int | Tensor, r: int, similarity: str, o
     launch(
         _find_partners,
         batch_size * -(-num_even // _EVEN_BLOCK),
-        (num_tokens, SIMILARITIES[similarity], min(reach, num_tokens), num_rows // batch_size, is_banded),
+        (num_tokens, SIMILARITIES[similarity], min(reach, num_tokens), rows_per_image, is_banded),
         [
-            Operand("products", products, num_rows, num_columns),
+            Operand("products", products.flatten(0, 1), batch_size * rows_per_image, num_columns),
             Operand("norms", torch.linalg.vector_norm(metric, dim=-1).float(), batch_size, num_tokens),
             class_operand,
             worst,
@@ -261,9 +261,10 @@ def _products(metric: Tensor, reach: int) -> tuple[Tensor, bool]:
     """Dot products of even and odd tokens, by torch: on a CPU nothing multiplies matrices faster. Not under autocast.
 
     Returns:
-        (B*T_even, T_odd) and False. Or, if that is less work, those of every block of even tokens with the odd tokens
-        in reach of it, of which the first one may be before the image's own, and True: rows are even tokens, up to
-        whole blocks, and columns as many odd tokens as are in reach of a block.
+        the products, and whether they are banded. All products are (B, T_even, T_odd). Banded ones are computed where
+        that is less work: (B, rows, columns), where the rows are the even tokens, up to whole blocks, and the columns
+        are the odd tokens in reach of the row's block. The columns of a block begin (reach + 1) // 2 odd tokens before
+        the block, which for the first blocks is before the image; those outside of the image have no meaning.
     """
     even, odd = metric[:, ::2], metric[:, 1::2]
     num_even, num_odd = even.shape[1], odd.shape[1]
@@ -271,12 +272,12 @@ def _products(metric: Tensor, reach: int) -> tuple[Tensor, bool]:
     in_reach = before + _EVEN_BLOCK + after
     with torch.autocast("cpu", enabled=False):
         if num_blocks * _EVEN_BLOCK * in_reach >= num_even * num_odd:
-            return (even @ odd.mT).float().flatten(0, 1), False
+            return (even @ odd.mT).float(), False
         even = torch.nn.functional.pad(even, (0, 0, 0, num_blocks * _EVEN_BLOCK - num_even))
         end = (num_blocks - 1) * _EVEN_BLOCK + in_reach - before  # of the odd tokens that the last block asks for
         odd = torch.nn.functional.pad(odd, (0, 0, before, max(0, end - num_odd)))
         blocks = odd.unfold(1, in_reach, _EVEN_BLOCK)[:, :num_blocks]  # (B, blocks, D, in_reach)
-        return (even.unflatten(1, (num_blocks, _EVEN_BLOCK)) @ blocks).float().flatten(0, 2), True
+        return (even.unflatten(1, (num_blocks, _EVEN_BLOCK)) @ blocks).float().flatten(1, 2), True
 
 
 def _class_operand(class_index: int | Tensor, batch_size: int, num_tokens: int) -> Operand:
@@ -317,7 +318,7 @@ def _merge_along(values: list[Tensor], new_index: Operand, num_kept: int, weight
         operands.append(Operand("values", rows_, batch_size * num_tokens, width))
         operands.append(buffer("merged", batch_size * num_kept, width, fill=0))
     launch(_merge, batch_size, (num_tokens, num_kept, width, len(values)), operands)
-    return _tokens(operands, batch_size, values)
+    return _tokens(operands, num_kept, values)
 
 
 def merge_backward(dmerged: list[Tensor], new_index: Tensor, weights: Tensor | None) -> list[Tensor]:
@@ -331,13 +332,13 @@ def merge_backward(dmerged: list[Tensor], new_index: Tensor, weights: Tensor | N
         operands.append(Operand("dmerged", rows_, batch_size * num_kept, width))
         operands.append(buffer("dvalues", batch_size * num_tokens, width))
     launch(_merge_backward, batch_size, (num_tokens, num_kept, width, len(dmerged)), operands)
-    return _tokens(operands, batch_size, dmerged)
+    return _tokens(operands, num_tokens, dmerged)
 
 
-def _tokens(operands: list[Operand], batch_size: int, inputs: list[Tensor]) -> list[Tensor]:
+def _tokens(operands: list[Operand], num_tokens: int, inputs: list[Tensor]) -> list[Tensor]:
     """The results among the operands of a merge, as tokens in the dtypes of what they were made from."""
     results = [result.tensor for result in operands[3::2]]
-    return [rows_.view(batch_size, -1, rows_.shape[1]).to(tensor.dtype) for rows_, tensor in zip(results, inputs)]
+    return [rows_.view(-1, num_tokens, rows_.shape[1]).to(tensor.dtype) for rows_, tensor in zip(results, inputs)]
 
 
 def _weights(weights: Tensor | None, batch_size: int, num_tokens: int) -> Operand:
