@@ -8,7 +8,8 @@ import torch
 
 from fambav_training.gpu import time_to_accuracy
 from fambav_training.gpu.images_file import Images
-from fambav_training.gpu.plan import rehearsal
+from fambav_training.gpu.plan import full_plan, rehearsal
+from modeling_fambav import FambaVConfig
 
 PLAN = dataclasses.replace(rehearsal(), epochs=3, learning_rate=5e-3)
 
@@ -41,6 +42,14 @@ def test_it_learns_and_a_stop_changes_no_bit(images, tmp_path):
             for folder in ("whole", "stopped")
         )
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_upper_fusion_removes_the_share_of_the_paper():
+    model = {"image_size": 32, **full_plan().model}
+    upper = FambaVConfig(**model, **time_to_accuracy._fusion("upper", model))
+    assert (upper.sequence_lengths[0], upper.sequence_lengths[-1]) == (65, 9)
+    assert sum(upper.tokens_removed) == round(171 * 65 / 197)
+    assert not sum(FambaVConfig(**model, **time_to_accuracy._fusion("none", model)).tokens_removed)
 
 
 def test_images_are_moved_and_mirrored_but_not_changed():

@@ -58,7 +58,7 @@ def rehearsal() -> Plan:
         suite={"rehearsal": small},
         rounds=1,
         seconds=0.0,
-        model={"hidden_size": 32, "num_hidden_layers": 4, "patch_size": 4, "state_size": 4},
+        model={"hidden_size": 32, "num_hidden_layers": 6, "patch_size": 4, "state_size": 4},
         epochs=2,
         batch_size=32,
     )

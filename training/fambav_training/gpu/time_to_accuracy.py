@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fambav_training.files import atomic_file
+from fambav_training.fusion.budgets import fusion_fields
 from fambav_training.gpu.images_file import Images
 from fambav_training.gpu.plan import Plan
 from fambav_training.gpu.steps import Cell
+from fambav_training.paper.tables import TABLE_1_TOKENS
 from fambav_training.run.optimization import create_optimizer, create_schedule
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 
@@ -36,7 +38,8 @@ class _Run:
         self.device = torch.device(plan.device)
         num_labels = int(images.train_labels.max()) + 1
         side = images.train_images.shape[-1]
-        self.config = FambaVConfig(image_size=side, num_labels=num_labels, fusion_strategy=strategy, **plan.model)
+        fusion = _fusion(strategy, {"image_size": side, **plan.model})
+        self.config = FambaVConfig(image_size=side, num_labels=num_labels, **plan.model, **fusion)
         self.records: list[dict[str, Any]] = []
         self._is_ready = False
 
@@ -115,6 +118,14 @@ class _Run:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _fusion(strategy: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a strategy that remove the same share of the tokens as in the paper, as `reproduce.py` has them."""
+    if strategy == "none":
+        return {"fusion_strategy": "none"}
+    unfused = FambaVConfig(**model, fusion_strategy="none")
+    return fusion_fields(strategy, TABLE_1_TOKENS[strategy], unfused.num_hidden_layers, unfused.num_patches + 1)
 
 
 def _normalized(pixels: Tensor) -> Tensor:
