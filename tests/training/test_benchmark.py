@@ -13,6 +13,7 @@ from fambav_training.benchmark.cases import SMALL_R, SUITES, Case, cpu_suite, gp
 from fambav_training.benchmark.measurement import measure, peak_bytes
 from fambav_training.benchmark.report import break_even, core_operations_sentence, table
 from fambav_training.benchmark.workload import CoreOperations, Workload, create_model
+from modeling_fambav import FambaVConfig
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,38 @@ def test_a_small_case_is_measured():
     for entry in records:
         assert 0 < entry["forward_seconds"] < entry["step_seconds"]
         assert entry["step_images_per_second"] == pytest.approx(2 / entry["step_seconds"])
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """Models of two layers; the list grows by a graph whenever torch compiles one."""
+    graphs, compile_model = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compile_model(model, backend=count))
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "state_size": 4}
+    config = Case.config
+    monkeypatch.setattr(Case, "config", lambda case: FambaVConfig(**{**config(case).to_dict(), **small}))
+    return graphs
+
+
+def test_a_compiled_model_is_compiled_once_for_each_kind_of_call(compiled_graphs):
+    case = Case("famba-v", image_size=32, batch_size=2, compile_mode="default")
+    measure([case], CPU, rounds=2, train=True, with_memory=False)
+    assert len(compiled_graphs) == 2  # of the forward pass and of the training step
+
+
+def test_tables_do_not_share_torchs_limit_of_graphs_and_reaching_it_is_an_error(compiled_graphs):
+    case = Case("famba-v", image_size=32, batch_size=2, compile_mode="default")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(2):
+            measure([case], CPU, rounds=1, train=True, with_memory=False)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        measure([case], CPU, rounds=1, train=True, with_memory=False)
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.slow

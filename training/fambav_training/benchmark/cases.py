@@ -58,6 +58,8 @@ class Case:
             image_size=self.image_size,
             hidden_size=WIDTHS[self.size],
             num_labels=100,
+            # Otherwise the first loss sets it, and a compiled training step is compiled again for the second
+            problem_type="single_label_classification",
             fusion_strategy=self.strategy,
             fusion_tokens=tokens,
             fusion_window=self.fusion_window,

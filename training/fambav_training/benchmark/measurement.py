@@ -1,8 +1,10 @@
 """Times as medians over interleaved rounds, and the memory of training steps."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import statistics
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,28 @@ from modeling_fambav import set_selective_scan_backend
 
 
 def measure(cases: list[Case], device: torch.device, rounds: int, train: bool, with_memory: bool) -> list[dict]:
-    """Measure cases against each other. Returns a record for each, in seconds, bytes and images/s."""
+    """Measure cases against each other. Returns a record for each, in seconds, bytes and images/s.
+
+    Raises:
+        torch._dynamo.exc.FailOnRecompileLimitHit: if a compiled model would run uncompiled from some call on.
+    """
+    with _compiler_of(cases):
+        return _measure(cases, device, rounds, train, with_memory)
+
+
+@contextlib.contextmanager
+def _compiler_of(cases: list[Case]) -> Iterator[None]:
+    """Without the graphs of tables before: all models share one code object, for which torch keeps only a few."""
+    if not any(case.compile_mode for case in cases):
+        yield
+        return
+    torch._dynamo.reset()
+    # Beyond that number torch would go on uncompiled, with no more than a warning
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def _measure(cases: list[Case], device: torch.device, rounds: int, train: bool, with_memory: bool) -> list[dict]:
     give_back_freed_memory()  # so that no table starts in the scattered heap of those before it
     workloads = [Workload(case, device) for case in cases]
     kinds = ("forward", "step") if train else ("forward",)

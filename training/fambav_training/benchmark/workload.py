@@ -27,6 +27,7 @@ def create_model(case: Case) -> nn.Module:
             num_attention_heads=width // 64,
             intermediate_size=4 * width,
             num_labels=100,
+            problem_type="single_label_classification",  # as in `Case.config`
         )
     )
 
