@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in steps of a few minutes, the most valuable one first.
+"""Everything that only a GPU can show, in steps of a few minutes, the most valuable one first.
 
     python training/measure_on_gpu.py --prepare images.safetensors --dataset_name path/to/cifar100   # anywhere
     python training/measure_on_gpu.py --images images.safetensors --minutes 9                        # on the GPU
@@ -10,15 +10,16 @@ Needs torch, triton, transformers and accelerate there, and no network. Steps, e
     model_speed       no fusion, all strategies and DeiT at 224 px, batch 128: forward, training step, memory
     time_to_accuracy  Vim-Ti on images of 32 px, with upper fusion and without: accuracy over seconds of training
 
-A file is replaced as a whole after every cell of it. When the time is up, or after a signal, the same command goes on
-where it was; a cell that failed is tried again. `--rehearse` does all of it in tiny sizes on the CPU.
+A file is replaced as a whole with every cell of it. When the time is up, or after a signal or a crash, run the same
+command again to continue: what failed or was being measured then comes after everything that was never tried.
+`--rehearse` does all of it in tiny sizes on the CPU.
 """
 
 import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from accelerate import Accelerator
 from fambav_training.gpu import images_file, kernel_accuracy, kernel_speed, model_speed, time_to_accuracy
 from fambav_training.gpu.images_file import Images
 from fambav_training.gpu.plan import Plan, full_plan, rehearsal
-from fambav_training.gpu.steps import Cell, failed_cells, run_step
+from fambav_training.gpu.steps import Cell, DeviceLostError, Step, run
 from fambav_training.machine.provenance import environment
 
 STEPS = ("kernel_accuracy", "kernel_speed", "model_speed", "time_to_accuracy")
@@ -43,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label_column_name", default="fine_label", help="column with the labels")
     parser.add_argument("--images", type=Path, metavar="FILE", help="file of --prepare, for time_to_accuracy")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these, in this order")
-    parser.add_argument("--minutes", type=float, default=9, help="begin no cell later than that")
+    parser.add_argument("--minutes", type=float, default=9, help="start no cell later than that")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu"), help="folder of all results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     args = parser.parse_args(argv)
@@ -87,18 +88,28 @@ def measure(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * args.minutes
     conditions = environment(Accelerator(cpu=plan.device == "cpu"))
     conditions["images"] = None if images is None else images.origin
-    failed = []
-    for step in args.steps:
-        path = args.output_dir / f"{step}.json"
-        cells = cells_of(step, plan, images, args.output_dir)
-        report = run_step(path, cells, conditions, lambda: time.monotonic() > deadline)
-        failed += (problems := failed_cells(report))
-        finished = len(report["cells"]) - len(problems)
-        print(f"{step}: {finished} cells in {path}", *problems, sep="\n  ", flush=True)
-        if not report["is_complete"] and not problems:
-            sys.exit(f"{step}: the time is up; the same command goes on")
-    if failed:
-        sys.exit(f"error: {len(failed)} cells failed")
+    steps = [
+        Step(args.output_dir / f"{name}.json", cells_of(name, plan, images, args.output_dir), conditions)
+        for name in args.steps
+    ]
+    try:
+        is_done = run(steps, lambda: time.monotonic() > deadline, device_check(plan))
+    except DeviceLostError as error:
+        sys.exit(f"error: {error}\nThe GPU no longer answers; run the same command again to go on with the others")
+    problems = []
+    for step in steps:
+        finished = len(step.cells) - len(step.untried()) - len(step.failed())
+        print(f"{step.path.stem}: {finished} of {len(step.cells)} cells in {step.path}", *step.problems(), sep="\n  ")
+        problems += step.problems()
+    if not is_done:
+        sys.exit("time is up; run the same command again to continue")
+    if problems:
+        sys.exit(f"error: {len(problems)} {'cell' if len(problems) == 1 else 'cells'} failed")
+
+
+def device_check(plan: Plan) -> Callable[[], None]:
+    """A function that raises if nothing can be computed any more, as after an illegal memory access on a GPU."""
+    return torch.cuda.synchronize if plan.device == "cuda" else lambda: None
 
 
 if __name__ == "__main__":

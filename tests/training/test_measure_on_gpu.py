@@ -4,17 +4,32 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import measure_on_gpu
+from fambav_training.gpu.plan import full_plan
 from support.child_process import REPOSITORY
 
 # Packages that a machine with a GPU may lack
-_WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'evaluate', 'kornia', 'matplotlib', 'numba')))"
+_START = """
+import os, signal, sys
+sys.modules.update(dict.fromkeys(("datasets", "evaluate", "kornia", "matplotlib", "numba")))
+import measure_on_gpu
+"""
+# A signal within the third comparison of a kernel
+_INTERRUPTED = """
+errors, calls = measure_on_gpu.kernel_accuracy._errors, []
+def errors_until_a_signal(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return errors(*arguments)
+measure_on_gpu.kernel_accuracy._errors = errors_until_a_signal
+"""
+_MAIN = "measure_on_gpu.main(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
@@ -58,39 +73,52 @@ def test_a_rehearsal_fills_every_file(images_file, tmp_path, capsys):
 
 
 def test_when_the_time_is_up_the_rest_waits(images_file, tmp_path):
-    with pytest.raises(SystemExit, match="kernel_accuracy: the time is up; the same command goes on"):
+    with pytest.raises(SystemExit, match="^time is up; run the same command again to continue"):
         rehearse(images_file, tmp_path, "--minutes", "1e-9")
     assert rehearse(images_file, tmp_path, "--steps", "kernel_speed")["kernel_speed"]["is_complete"]
 
 
 def test_a_cell_that_fails_is_named_at_the_end(images_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure_on_gpu.model_speed, "measure", lambda *_, **__: 1 / 0)
-    with pytest.raises(SystemExit, match="error: 1 cells failed"):
+    with pytest.raises(SystemExit, match="error: 1 cell failed"):
         rehearse(images_file, tmp_path, "--steps", "model_speed", "kernel_speed")
     printed = capsys.readouterr().out
-    assert "rehearsal: ZeroDivisionError at test_measure_on_gpu.py" in printed and "kernel_speed: 2 cells" in printed
+    assert "rehearsal: ZeroDivisionError at test_measure_on_gpu.py" in printed
+    assert "kernel_speed: 2 of 2 cells" in printed
+
+
+def test_a_lost_gpu_ends_the_script(images_file, tmp_path, monkeypatch):
+    def synchronize() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure_on_gpu, "device_check", lambda plan: synchronize)
+    monkeypatch.setattr(measure_on_gpu.model_speed, "measure", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit, match="error: model_speed, rehearsal: .*\n.*run the same command again to go on"):
+        rehearse(images_file, tmp_path, "--steps", "model_speed", "kernel_speed")
+    with pytest.raises(SystemExit):
+        rehearse(images_file, tmp_path, "--steps", "model_speed", "kernel_speed")
+    assert json.loads((tmp_path / "kernel_speed.json").read_text())["is_complete"]
+
+
+def test_a_failure_on_a_gpu_asks_whether_it_still_answers():
+    assert measure_on_gpu.device_check(full_plan()) is torch.cuda.synchronize
 
 
 @pytest.mark.slow
 def test_it_runs_without_the_packages_of_training_and_a_signal_loses_nothing(images_file, tmp_path):
-    code = f"{_WITHOUT}; import measure_on_gpu; measure_on_gpu.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "--rehearse", "--images", str(images_file), "--output_dir", str(tmp_path)]
-    command += ["--steps", "kernel_accuracy", "kernel_speed", "time_to_accuracy"]
+    words = ["--rehearse", "--images", str(images_file), "--output_dir", str(tmp_path)]
+    words += ["--steps", "kernel_accuracy", "kernel_speed", "time_to_accuracy"]
     options = {"cwd": REPOSITORY / "training", "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {"PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, env=environment, **options)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "kernel_accuracy.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM, printed
+    options |= {"env": {"PYTHONPATH": str(REPOSITORY)}, "timeout": 600, "check": False}
+    killed = subprocess.run([sys.executable, "-c", _START + _INTERRUPTED + _MAIN, *words], **options)
+    assert killed.returncode == 128 + signal.SIGTERM, killed.stdout
     report = json.loads((tmp_path / "kernel_accuracy.json").read_text())
-    assert report["cells"] and not report["is_complete"]
-    done = subprocess.run(command, env=environment, timeout=600, check=False, **options)
-    assert done.returncode == 0, done.stdout
+    done = {name: cell for name, cell in report["cells"].items() if "error" not in cell}
+    assert len(done) == 2 and len(report["cells"]) == 3 and not report["is_complete"]
+    again = subprocess.run([sys.executable, "-c", _START + _MAIN, *words], **options)
+    assert again.returncode == 0, again.stdout
     after = json.loads((tmp_path / "kernel_accuracy.json").read_text())
-    assert after["is_complete"] and {name: after["cells"][name] for name in report["cells"]} == report["cells"]
+    assert after["is_complete"] and {name: after["cells"][name] for name in done} == done
     assert all(", torch," in name for name in after["cells"])  # numba is not there
     assert json.loads((tmp_path / "time_to_accuracy.json").read_text())["is_complete"]
 

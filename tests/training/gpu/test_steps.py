@@ -1,76 +1,126 @@
-"""Cells of a step: measured once, written one by one, tried again if they failed."""
+"""Cells of a step: measured once, written one by one, tried again if they failed, after all others."""
 
 import json
 
 import pytest
 
-from fambav_training.gpu.steps import Cell, failed_cells, run_step
+from fambav_training.gpu.steps import Cell, DeviceLostError, Step, run
 
 CONDITIONS = {"device": "cuda: a GPU", "git_commit": "abc"}
 
 
-class Counted:
-    """Cells that count how often they are measured; those in `failing` raise."""
+class Device:
+    """Cells a, b, c and d, e in two steps, whose measurements it notes; those in `failing` raise.
 
-    def __init__(self):
-        self.counts = dict.fromkeys("abc", 0)
-        self.failing = set()
+    Those in `deadly` take the device with them: from then on everything fails, until the next process.
+    """
 
-    def cells(self) -> list[Cell]:
-        return [Cell(name, lambda name=name: self.measure(name)) for name in self.counts]
+    def __init__(self, folder):
+        self.folder, self.measured = folder, []
+        self.failing, self.deadly = set(), set()
+        self.is_lost = False
 
-    def measure(self, name: str) -> dict:
-        self.counts[name] += 1
-        if name in self.failing:
-            raise RuntimeError("out of memory")
-        return {"value": self.counts[name]}
+    def step(self, name: str, cells: str, conditions: dict | None = None) -> Step:
+        measures = [Cell(cell, lambda cell=cell: self.measure(cell)) for cell in cells]
+        return Step(self.folder / f"{name}.json", measures, conditions or CONDITIONS)
+
+    def process(self, num_cells: int = 100) -> bool:
+        """A process that has time for so many cells."""
+        self.is_lost, self.measured = False, []
+        steps = [self.step("first", "abc"), self.step("second", "de")]
+        return run(steps, lambda: len(self.measured) >= num_cells, self.check)
+
+    def measure(self, cell: str) -> dict:
+        self.measured.append(cell)
+        self.is_lost |= cell in self.deadly
+        if self.is_lost or cell in self.failing:
+            raise RuntimeError("out of\nmemory")
+        return {"value": cell}
+
+    def check(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def report(self, name: str = "first") -> dict:
+        return json.loads((self.folder / f"{name}.json").read_text())
 
 
 @pytest.fixture
-def counted():
-    return Counted()
+def device(tmp_path):
+    return Device(tmp_path / "out")
 
 
-def test_a_stop_between_cells_repeats_nothing(tmp_path, counted):
-    path, answers = tmp_path / "out" / "step.json", iter([False, True])
-    report = run_step(path, counted.cells(), CONDITIONS, lambda: next(answers))
-    assert counted.counts == {"a": 1, "b": 0, "c": 0} and not report["is_complete"]
-    assert json.loads(path.read_text()) == report
-    report = run_step(path, counted.cells(), CONDITIONS, lambda: False)
-    assert counted.counts == {"a": 1, "b": 1, "c": 1} and report["is_complete"]
-    assert json.loads(path.read_text()) == {"conditions": CONDITIONS, **report}
-    assert [file.name for file in path.parent.iterdir()] == ["step.json"]
+def test_a_stop_between_cells_repeats_nothing(device):
+    assert not device.process(num_cells=1)
+    assert device.measured == ["a"] and not device.report()["is_complete"]
+    assert device.process()
+    assert device.measured == ["b", "c", "d", "e"]
+    cells = {cell: {"value": cell} for cell in "abc"}
+    assert device.report() == {"conditions": CONDITIONS, "is_complete": True, "cells": cells}
+    assert {file.name for file in device.folder.iterdir()} == {"first.json", "second.json"}
+    assert device.process() and not device.measured
 
 
-def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path, counted):
-    path = tmp_path / "step.json"
-    counted.failing.add("b")
-    report = run_step(path, counted.cells(), CONDITIONS, lambda: False)
-    assert failed_cells(report) == [f"b: {report['cells']['b']['error']}"]
-    assert "RuntimeError at test_steps.py:" in report["cells"]["b"]["error"]
-    assert report["cells"]["c"] == {"value": 1} and not report["is_complete"]
-    counted.failing.clear()
-    report = run_step(path, counted.cells(), CONDITIONS, lambda: False)
-    assert counted.counts == {"a": 1, "b": 2, "c": 1} and report["is_complete"] and not failed_cells(report)
+def test_a_cell_that_fails_is_named_and_the_others_go_on(device):
+    device.failing.add("b")
+    assert device.process()
+    assert device.measured == ["a", "b", "c", "d", "e"]  # once in a process
+    report = device.report()
+    (problem,) = device.step("first", "abc").problems()
+    assert problem == f"b: {report['cells']['b']['error']}" and report["cells"]["b"]["tries"] == 1
+    assert "RuntimeError at test_steps.py:" in problem
+    assert report["cells"]["c"] == {"value": "c"} and not report["is_complete"]
+    device.failing.clear()
+    assert device.process() and device.measured == ["b"]
+    assert device.report()["is_complete"] and device.report()["cells"]["b"] == {"value": "b"}
 
 
-def test_a_kill_while_a_cell_is_measured_leaves_the_file_before_it(tmp_path, counted):
-    path = tmp_path / "step.json"
+def test_what_failed_waits_for_what_was_never_tried(device):
+    device.failing |= {"a", "b"}
+    device.process(num_cells=2)
+    device.process(num_cells=4)
+    assert device.measured == ["c", "d", "e", "a"]
+    device.process(num_cells=1)
+    assert device.measured == ["b"]  # which was tried less often
 
+
+def test_a_part_that_failed_is_a_cell_that_failed(device):
+    step = Step(device.folder / "step.json", [Cell("a", lambda: {"one": 1, "error": "two: is off"})], CONDITIONS)
+    assert run([step], lambda: False, lambda: None)
+    assert step.problems() == ["a: two: is off"] and device.report("step")["cells"]["a"]["one"] == 1
+
+
+def test_a_lost_device_ends_the_process_and_costs_no_other_cell(device):
+    device.deadly.add("a")
+    with pytest.raises(DeviceLostError, match="first, a: RuntimeError"):
+        device.process()
+    assert device.measured == ["a"] and set(device.report()["cells"]) == {"a"}
+    with pytest.raises(DeviceLostError, match="first, a: RuntimeError"):
+        device.process()
+    assert device.measured == ["b", "c", "d", "e", "a"]
+    assert device.report("second")["is_complete"] and device.report()["cells"]["a"]["tries"] == 2
+    device.deadly.clear()
+    assert device.process() and device.measured == ["a"] and device.report()["is_complete"]
+
+
+def test_a_kill_while_a_cell_is_measured_is_a_failure_of_it(device):
     def killed() -> dict:
         raise SystemExit(143)
 
+    step = Step(device.folder / "first.json", [Cell("a", killed)], CONDITIONS)
     with pytest.raises(SystemExit):
-        run_step(path, [*counted.cells(), Cell("d", killed)], CONDITIONS, lambda: False)
-    assert set(json.loads(path.read_text())["cells"]) == {"a", "b", "c"}
+        run([step], lambda: False, lambda: None)
+    (problem,) = device.step("first", "abc").problems()
+    assert problem == "a: the process ended while this was measured"
+    assert device.process() and device.measured == ["b", "c", "d", "e", "a"]
+    assert device.report()["is_complete"]
 
 
-def test_a_file_of_other_conditions_is_refused(tmp_path, counted):
-    path = tmp_path / "step.json"
-    run_step(path, counted.cells(), CONDITIONS, lambda: False)
+def test_a_file_of_other_conditions_is_refused(device):
+    device.process()
     other = {**CONDITIONS, "device": "cuda: another"}
     with pytest.raises(ValueError, match="measured with device 'cuda: a GPU', now it is 'cuda: another'"):
-        run_step(path, counted.cells(), other, lambda: False)
-    path.write_text("{")
+        device.step("first", "abc", other)
+    (device.folder / "first.json").write_text("{")
     with pytest.raises(ValueError, match="not a report of this script"):
-        run_step(path, counted.cells(), CONDITIONS, lambda: False)
+        device.step("first", "abc")
