@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in steps of a few minutes, the most valuable one first.
 
     python training/measure_on_gpu.py --prepare images.safetensors --dataset_name path/to/cifar100   # anywhere
-    python training/measure_on_gpu.py --images images.safetensors --minutes 9                        # on the GPU
+    python training/measure_on_gpu.py --images images.safetensors --minutes 7                        # on the GPU
 
 Needs torch, triton, transformers and accelerate there, and no network. Steps, each with a JSON file of its own:
 
@@ -9,16 +9,20 @@ Needs torch, triton, transformers and accelerate there, and no network. Steps, e
     kernel_speed      the scan and the mixer, Triton beside mamba-ssm and plain torch
     model_speed       no fusion, all strategies and DeiT at 224 px, batch 128: forward, training step, memory
     time_to_accuracy  Vim-Ti on images of 32 px, with upper fusion and without: accuracy over seconds of training
+    compiled_speed    what torch.compile makes of no fusion and upper; compiling takes minutes
 
 A file is replaced as a whole with every cell of it. When the time is up, or after a signal or a crash, run the same
 command again to continue: what failed or was being measured then comes after everything that was never tried.
 `--rehearse` does all of it in tiny sizes on the CPU.
 """
 
+import time
+
+STARTED = time.monotonic()  # before torch is imported, which can take most of a minute
+
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,7 +35,7 @@ from fambav_training.gpu.plan import Plan, full_plan, rehearsal
 from fambav_training.gpu.steps import Cell, DeviceLostError, Step, run
 from fambav_training.machine.provenance import environment
 
-STEPS = ("kernel_accuracy", "kernel_speed", "model_speed", "time_to_accuracy")
+STEPS = ("kernel_accuracy", "kernel_speed", "model_speed", "time_to_accuracy", "compiled_speed")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label_column_name", default="fine_label", help="column with the labels")
     parser.add_argument("--images", type=Path, metavar="FILE", help="file of --prepare, for time_to_accuracy")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these, in this order")
-    parser.add_argument("--minutes", type=float, default=9, help="start no cell later than that")
+    parser.add_argument("--minutes", type=float, default=7, help="start no cell later than that")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu"), help="folder of all results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     args = parser.parse_args(argv)
@@ -60,11 +64,14 @@ def cells_of(step: str, plan: Plan, images: Images | None, output_dir: Path) -> 
     if step == "time_to_accuracy":
         assert images is not None  # see `parse`
         return time_to_accuracy.cells(plan, images, output_dir / "checkpoints")
-    modules = {"kernel_accuracy": kernel_accuracy, "kernel_speed": kernel_speed, "model_speed": model_speed}
-    return modules[step].cells(plan)
+    if step in ("model_speed", "compiled_speed"):
+        return model_speed.cells(plan, plan.suite if step == "model_speed" else plan.compiled)
+    return {"kernel_accuracy": kernel_accuracy, "kernel_speed": kernel_speed}[step].cells(plan)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, started: float | None = None) -> None:
+    """Do what the flags say. `started`: when the time began to count, by `time.monotonic()`; now if None."""
+    started = time.monotonic() if started is None else started
     args = parse(argv)
     try:
         if args.prepare is not None:
@@ -73,19 +80,18 @@ def main(argv: list[str] | None = None) -> None:
             )
             print(f"{args.prepare}: {len(images.train_labels)} and {len(images.test_labels)} images, {images.origin}")
             return
-        measure(args)
+        measure(args, deadline=started + 60 * args.minutes)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace, deadline: float) -> None:
     plan = rehearsal() if args.rehearse else full_plan()
     if plan.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no GPU; --rehearse does the same in tiny sizes on the CPU")
     images = None if args.images is None else images_file.read(args.images)
     for number in (signal.SIGTERM, signal.SIGHUP):  # of a job manager, of a terminal that closes
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    deadline = time.monotonic() + 60 * args.minutes
     conditions = environment(Accelerator(cpu=plan.device == "cpu"))
     conditions["images"] = None if images is None else images.origin
     steps = [
@@ -113,4 +119,4 @@ def device_check(plan: Plan) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    main()
+    main(started=STARTED)

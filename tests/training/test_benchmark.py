@@ -9,7 +9,7 @@ import torch
 
 import benchmark
 from fambav_training.benchmark import measurement
-from fambav_training.benchmark.cases import SMALL_R, SUITES, Case, cpu_suite, gpu_suite
+from fambav_training.benchmark.cases import SMALL_R, SUITES, Case, cpu_suite
 from fambav_training.benchmark.measurement import measure, peak_bytes
 from fambav_training.benchmark.report import break_even, core_operations_sentence, table
 from fambav_training.benchmark.workload import CoreOperations, Workload, create_model
@@ -54,7 +54,7 @@ def test_models_are_of_the_same_size(size, parameters):
 
 
 def test_suites_compare_what_the_release_is_compared_with():
-    cpu, gpu = cpu_suite(), gpu_suite()
+    cpu, gpu = cpu_suite(), SUITES["gpu"]()
     for suite in (cpu, gpu):
         cases = [case for group in suite.values() for case in group]
         assert {case.strategy for case in cases} == {"none", "all", "interleaved", "lower", "upper"}
@@ -63,6 +63,7 @@ def test_suites_compare_what_the_release_is_compared_with():
         assert all(len({case.dtype for case in group}) == 1 for group in suite.values())
     assert {case.dtype for group in cpu.values() for case in group} == {"float32", "bfloat16"}
     assert {case.backend for group in gpu.values() for case in group} == {None, "triton", "mamba-ssm"}
+    assert {case.compile_mode for group in gpu.values() for case in group} == {None, "default", "reduce-overhead"}
     assert {case.fusion_tokens for case in cpu[SMALL_R][1:]} == set(range(1, 10))
 
 

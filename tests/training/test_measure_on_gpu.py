@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -76,6 +77,26 @@ def test_when_the_time_is_up_the_rest_waits(images_file, tmp_path):
     with pytest.raises(SystemExit, match="^time is up; run the same command again to continue"):
         rehearse(images_file, tmp_path, "--minutes", "1e-9")
     assert rehearse(images_file, tmp_path, "--steps", "kernel_speed")["kernel_speed"]["is_complete"]
+
+
+def test_the_time_counts_from_the_start_of_the_script(images_file, tmp_path):
+    words = ["--rehearse", "--steps", "kernel_speed", "--output_dir", str(tmp_path), "--minutes", "7"]
+    with pytest.raises(SystemExit, match="^time is up"):
+        measure_on_gpu.main(words, started=time.monotonic() - 421)
+    measure_on_gpu.main(words, started=time.monotonic() - 300)
+
+
+def test_compiled_models_are_the_last_and_the_longest_cells():
+    assert measure_on_gpu.STEPS[-1] == "compiled_speed" and measure_on_gpu.STARTED < time.monotonic()
+    plan = full_plan()
+    assert not any(case.compile_mode for cases in plan.suite.values() for case in cases)
+    assert [(cases[0].strategy, cases[1].compile_mode) for cases in plan.compiled.values()] == [
+        ("none", "default"),
+        ("upper", "default"),
+        ("none", "reduce-overhead"),
+        ("upper", "reduce-overhead"),
+    ]
+    assert all(cases[0].compile_mode is None and len(cases) == 2 for cases in plan.compiled.values())
 
 
 def test_a_cell_that_fails_is_named_at_the_end(images_file, tmp_path, monkeypatch, capsys):

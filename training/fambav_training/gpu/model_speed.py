@@ -12,10 +12,10 @@ from fambav_training.gpu.plan import Plan
 from fambav_training.gpu.steps import Cell
 
 
-def cells(plan: Plan) -> Iterator[Cell]:
-    """A cell per table of the suite, in which all its models take turns. Memory is measured on a GPU only."""
+def cells(plan: Plan, suite: dict[str, list[Case]]) -> Iterator[Cell]:
+    """A cell per table of a suite, in which all its models take turns. Memory is measured on a GPU only."""
     device = torch.device(plan.device)
-    for title, cases in plan.suite.items():
+    for title, cases in suite.items():
 
         def measure_table(cases: list[Case] = cases) -> dict[str, Any]:
             backends = {case.backend for case in cases if case.backend is not None}

@@ -12,7 +12,9 @@ _UNFINISHED = "the process ended while this was measured"
 
 
 class Cell(NamedTuple):
-    """Something that is measured in one go; a stop in the midst of it loses what it has measured.
+    """Something that is measured in one go, in a minute or two; compiled models may take several.
+
+    A stop in the midst of it loses what it has measured.
 
     Attributes:
         name: its key in the file.
