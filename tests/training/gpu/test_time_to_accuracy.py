@@ -1,7 +1,9 @@
 """Training on a GPU's images: that it learns, stops and goes on with the same bits."""
 
+import copy
 import dataclasses
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from fambav_training.gpu import time_to_accuracy
 from fambav_training.gpu.images_file import Images
 from fambav_training.gpu.plan import full_plan, rehearsal
-from modeling_fambav import FambaVConfig
+from modeling_fambav import FambaVConfig, FambaVForImageClassification
 
 PLAN = dataclasses.replace(rehearsal(), epochs=3, learning_rate=5e-3)
 
@@ -42,6 +44,64 @@ def test_it_learns_and_a_stop_changes_no_bit(images, tmp_path):
             for folder in ("whole", "stopped")
         )
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_seconds(records: dict) -> dict:
+    names = ("train_loss", "top1")
+    return {cell: {name: record[name] for name in names} for cell, record in records.items()}
+
+
+def test_an_epoch_that_fails_midway_is_trained_again_from_its_start(images, tmp_path, monkeypatch):
+    whole = {cell.name: cell.measure() for cell in time_to_accuracy.cells(PLAN, images, tmp_path / "whole")}
+    calls, forward = [], FambaVForImageClassification.forward
+
+    def fail_once(model, *arguments, **options):
+        calls.append(model.training)
+        if sum(calls) == 1 + 4 + 1 + 4 + 3:  # warm-up and first epoch of both runs, third batch
+            raise RuntimeError("out of memory")
+        return forward(model, *arguments, **options)
+
+    monkeypatch.setattr(FambaVForImageClassification, "forward", fail_once)
+    records, failed = {}, []
+    for cell in time_to_accuracy.cells(PLAN, images, tmp_path / "failed"):
+        try:
+            records[cell.name] = cell.measure()
+        except RuntimeError:
+            failed.append(cell)
+    assert [cell.name for cell in failed] == ["upper, epoch 2"]
+    records["upper, epoch 2"] = failed[0].measure()
+    assert without_seconds(records) == without_seconds(whole)
+
+
+def test_the_clock_does_not_see_the_first_pass(images, tmp_path, monkeypatch):
+    clock, forward = [0.0], FambaVForImageClassification.forward
+    first = []
+
+    def slow_at_first(model, *arguments, **options):
+        if model.training:
+            clock[0] += 1 if model in first else 1000  # as if it was compiled
+            first.append(model)
+        return forward(model, *arguments, **options)
+
+    monkeypatch.setattr(FambaVForImageClassification, "forward", slow_at_first)
+    monkeypatch.setattr(time_to_accuracy, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for epochs in (1, 3):  # the second time from a checkpoint
+        cells = time_to_accuracy.cells(PLAN, images, tmp_path)
+        records = [cell.measure() for cell in islice(cells, 2 * epochs)]
+    assert [record["train_seconds"] for record in records] == [4, 4, 8, 8, 12, 12]
+
+
+def test_the_first_pass_changes_nothing(images, tmp_path):
+    run = time_to_accuracy._Run(PLAN, images, "upper", tmp_path / "upper.pt")
+    run._prepare()
+    names = ("model", "optimizer", "schedule")
+    before = copy.deepcopy([getattr(run, name).state_dict() for name in names])
+    random = torch.get_rng_state()
+    run._warm_up()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not run.optimizer.state and all(parameter.grad is None for parameter in run.model.parameters())
+    weights, *others = (getattr(run, name).state_dict() for name in names)
+    assert others == before[1:] and all(torch.equal(weights[name], tensor) for name, tensor in before[0].items())
 
 
 def test_upper_fusion_removes_the_share_of_the_paper():

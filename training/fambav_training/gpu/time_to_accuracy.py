@@ -47,13 +47,17 @@ class _Run:
         """Train epoch `number`, from 1, and score; one that is trained already is only looked up."""
         self._prepare()
         while len(self.records) < number:
+            self._is_ready = False  # until the epoch is saved: whatever ends it leaves weights of no use
             self._train_epoch()
             self._save()
+            self._is_ready = True
         return self.records[number - 1]
 
     def _prepare(self) -> None:
+        """Take up the training after the last epoch that was saved, or begin it."""
         if self._is_ready:
             return
+        self.records = []
         torch.manual_seed(0)
         self.model = FambaVForImageClassification(self.config).to(self.device)
         self.optimizer = create_optimizer(self.model, self.plan.learning_rate, _WEIGHT_DECAY)
@@ -68,7 +72,18 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.records = state["records"]
+        self._warm_up()
         self._is_ready = True
+
+    def _warm_up(self) -> None:
+        """A pass forward and backward that changes nothing but compiles, so that no epoch's clock sees that."""
+        self.model.train()
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu):
+            rows = torch.arange(self.plan.batch_size, device=self.device)
+            self._loss(rows, torch.Generator()).backward()
+        self.optimizer.zero_grad()
+        self._wait()
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +100,7 @@ class _Run:
         self._wait()
         started = time.perf_counter()
         for batch in batches:
-            rows = batch.to(self.device)
-            pixels = _augmented(self.train_images[rows], generator)
-            with torch.autocast(self.device.type, torch.bfloat16):
-                logits = self.model(_normalized(pixels)).logits
-            loss = F.cross_entropy(logits.float(), self.train_labels[rows], label_smoothing=_LABEL_SMOOTHING)
+            loss = self._loss(batch.to(self.device), generator)
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
@@ -105,6 +116,13 @@ class _Run:
                 "top1": self._top1(),
             }
         )
+
+    def _loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Of these rows of the training images, augmented."""
+        pixels = _augmented(self.train_images[rows], generator)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.model(_normalized(pixels)).logits
+        return F.cross_entropy(logits.float(), self.train_labels[rows], label_smoothing=_LABEL_SMOOTHING)
 
     @torch.inference_mode()
     def _top1(self) -> float:
