@@ -25,6 +25,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -92,12 +93,12 @@ def measure(args: argparse.Namespace, deadline: float) -> None:
     images = None if args.images is None else images_file.read(args.images)
     for number in (signal.SIGTERM, signal.SIGHUP):  # of a job manager, of a terminal that closes
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    conditions = environment(Accelerator(cpu=plan.device == "cpu"))
-    conditions["images"] = None if images is None else images.origin
-    steps = [
-        Step(args.output_dir / f"{name}.json", cells_of(name, plan, images, args.output_dir), conditions)
-        for name in args.steps
-    ]
+    conditions, git_commit = conditions_of(plan)
+    steps = []
+    for name in args.steps:
+        cells = cells_of(name, plan, images, args.output_dir)
+        of_step = {**conditions, "images": images.origin} if name == "time_to_accuracy" else conditions
+        steps.append(Step(args.output_dir / f"{name}.json", cells, of_step, git_commit))
     try:
         is_done = run(steps, lambda: time.monotonic() > deadline, device_check(plan))
     except DeviceLostError as error:
@@ -111,6 +112,15 @@ def measure(args: argparse.Namespace, deadline: float) -> None:
         sys.exit("time is up; run the same command again to continue")
     if problems:
         sys.exit(f"error: {len(problems)} {'cell' if len(problems) == 1 else 'cells'} failed")
+
+
+def conditions_of(plan: Plan) -> tuple[dict[str, Any], str | None]:
+    """Device, versions and the like, which all cells must share, and the commit, which they need not."""
+    conditions = environment(Accelerator(cpu=plan.device == "cpu"))
+    git_commit = conditions.pop("git_commit")
+    if plan.device == "cuda":
+        del conditions["num_threads"]  # of the CPU: another number of cores does not change what a GPU does
+    return conditions, git_commit
 
 
 def device_check(plan: Plan) -> Callable[[], None]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import measure_on_gpu
-from fambav_training.gpu.plan import full_plan
+from fambav_training.gpu.plan import full_plan, rehearsal
 from support.child_process import REPOSITORY
 
 # Packages that a machine with a GPU may lack
@@ -55,7 +55,8 @@ def test_a_rehearsal_fills_every_file(images_file, tmp_path, capsys):
     assert list(reports) and set(reports) == set(measure_on_gpu.STEPS)
     for report in reports.values():
         assert report["is_complete"] and report["conditions"]["device"].startswith("cpu")
-        assert report["conditions"]["images"] == "noise" and report["conditions"]["versions"]["torch"]
+        assert report["conditions"]["versions"]["torch"] and report["conditions"]["num_threads"]
+        assert all("git_commit" in cell for cell in report["cells"].values())
         assert not any("error" in cell for cell in report["cells"].values())
     (records,) = (cell["records"] for cell in reports["model_speed"]["cells"].values())
     assert [(record["family"], record["strategy"]) for record in records][1:] == [
@@ -65,12 +66,26 @@ def test_a_rehearsal_fills_every_file(images_file, tmp_path, capsys):
     assert all(record["forward_seconds"] > 0 and record["step_seconds"] > 0 for record in records)
     for cell in reports["kernel_speed"]["cells"].values():
         assert cell["numba"]["forward_ms"] > 0 and cell["torch"]["forward_backward_ms"] > 0
+    assert reports["time_to_accuracy"]["conditions"]["images"] == "noise"
     curve = reports["time_to_accuracy"]["cells"]
     assert set(curve) == {f"{strategy}, epoch {epoch}" for strategy in ("upper", "none") for epoch in (1, 2)}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     capsys.readouterr()
     rehearse(images_file, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing is measured twice
+
+
+def test_only_training_depends_on_the_images(images_file, tmp_path):
+    measure_on_gpu.main(["--rehearse", "--steps", "kernel_speed", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^time is up"):
+        rehearse(images_file, tmp_path, "--steps", "kernel_speed", "time_to_accuracy", "--minutes", "1e-9")
+    conditions = json.loads((tmp_path / "kernel_speed.json").read_text())["conditions"]
+    assert "images" not in conditions and "git_commit" not in conditions
+
+
+def test_cores_of_the_cpu_are_no_condition_on_a_gpu():
+    (on_gpu, commit), (on_cpu, same) = (measure_on_gpu.conditions_of(plan) for plan in (full_plan(), rehearsal()))
+    assert set(on_cpu) - set(on_gpu) == {"num_threads"} and commit == same
 
 
 def test_when_the_time_is_up_the_rest_waits(images_file, tmp_path):

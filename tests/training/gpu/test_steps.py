@@ -6,7 +6,7 @@ import pytest
 
 from fambav_training.gpu.steps import Cell, DeviceLostError, Step, run
 
-CONDITIONS = {"device": "cuda: a GPU", "git_commit": "abc"}
+CONDITIONS = {"device": "cuda: a GPU", "versions": {"torch": "2.9"}}
 
 
 class Device:
@@ -18,11 +18,11 @@ class Device:
     def __init__(self, folder):
         self.folder, self.measured = folder, []
         self.failing, self.deadly = set(), set()
-        self.is_lost = False
+        self.is_lost, self.git_commit = False, "abc"
 
     def step(self, name: str, cells: str, conditions: dict | None = None) -> Step:
         measures = [Cell(cell, lambda cell=cell: self.measure(cell)) for cell in cells]
-        return Step(self.folder / f"{name}.json", measures, conditions or CONDITIONS)
+        return Step(self.folder / f"{name}.json", measures, conditions or CONDITIONS, self.git_commit)
 
     def process(self, num_cells: int = 100) -> bool:
         """A process that has time for so many cells."""
@@ -55,7 +55,7 @@ def test_a_stop_between_cells_repeats_nothing(device):
     assert device.measured == ["a"] and not device.report()["is_complete"]
     assert device.process()
     assert device.measured == ["b", "c", "d", "e"]
-    cells = {cell: {"value": cell} for cell in "abc"}
+    cells = {cell: {"git_commit": "abc", "value": cell} for cell in "abc"}
     assert device.report() == {"conditions": CONDITIONS, "is_complete": True, "cells": cells}
     assert {file.name for file in device.folder.iterdir()} == {"first.json", "second.json"}
     assert device.process() and not device.measured
@@ -69,10 +69,13 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(device):
     (problem,) = device.step("first", "abc").problems()
     assert problem == f"b: {report['cells']['b']['error']}" and report["cells"]["b"]["tries"] == 1
     assert "RuntimeError at test_steps.py:" in problem
-    assert report["cells"]["c"] == {"value": "c"} and not report["is_complete"]
+    assert report["cells"]["c"]["value"] == "c" and not report["is_complete"]
     device.failing.clear()
+    device.git_commit = "with the fix"
     assert device.process() and device.measured == ["b"]
-    assert device.report()["is_complete"] and device.report()["cells"]["b"] == {"value": "b"}
+    cells = device.report()["cells"]
+    assert device.report()["is_complete"] and cells["b"] == {"git_commit": "with the fix", "value": "b"}
+    assert cells["a"]["git_commit"] == cells["c"]["git_commit"] == "abc"
 
 
 def test_what_failed_waits_for_what_was_never_tried(device):
@@ -85,7 +88,7 @@ def test_what_failed_waits_for_what_was_never_tried(device):
 
 
 def test_a_part_that_failed_is_a_cell_that_failed(device):
-    step = Step(device.folder / "step.json", [Cell("a", lambda: {"one": 1, "error": "two: is off"})], CONDITIONS)
+    step = Step(device.folder / "step.json", [Cell("a", lambda: {"one": 1, "error": "two: is off"})], CONDITIONS, None)
     assert run([step], lambda: False, lambda: None)
     assert step.problems() == ["a: two: is off"] and device.report("step")["cells"]["a"]["one"] == 1
 
@@ -107,7 +110,7 @@ def test_a_kill_while_a_cell_is_measured_is_a_failure_of_it(device):
     def killed() -> dict:
         raise SystemExit(143)
 
-    step = Step(device.folder / "first.json", [Cell("a", killed)], CONDITIONS)
+    step = Step(device.folder / "first.json", [Cell("a", killed)], CONDITIONS, None)
     with pytest.raises(SystemExit):
         run([step], lambda: False, lambda: None)
     (problem,) = device.step("first", "abc").problems()

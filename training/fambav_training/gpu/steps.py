@@ -38,14 +38,15 @@ class Step:
     Args:
         path: the JSON file.
         cells: in the order of their value.
-        conditions: device, versions and commit, which all cells of a file share.
+        conditions: device, versions and the like, which all cells of a file share.
+        git_commit: of the code that measures now; every cell has its own, so that one can be mended and done again.
 
     Raises:
         ValueError: if the file was measured under other conditions, or cannot be read.
     """
 
-    def __init__(self, path: Path, cells: Iterable[Cell], conditions: dict[str, Any]):
-        self.path, self.cells = path, list(cells)
+    def __init__(self, path: Path, cells: Iterable[Cell], conditions: dict[str, Any], git_commit: str | None):
+        self.path, self.cells, self.git_commit = path, list(cells), git_commit
         self.report = _read(path, conditions)
 
     def untried(self) -> list[Cell]:
@@ -88,7 +89,7 @@ class Step:
             raise DeviceLostError(f"{self.path.stem}, {cell.name}: {result['error']}") from error
 
     def _write(self, cell: Cell, result: dict[str, Any]) -> None:
-        self.report["cells"][cell.name] = result
+        self.report["cells"][cell.name] = {"git_commit": self.git_commit, **result}
         self.report["is_complete"] = not self.untried() and not self.failed()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as new:
