@@ -112,9 +112,21 @@ def test_upper_fusion_removes_the_share_of_the_paper():
     assert not sum(FambaVConfig(**model, **time_to_accuracy._fusion("none", model)).tokens_removed)
 
 
+def test_an_epoch_draws_every_image_once_and_all_places(images, tmp_path):
+    run = time_to_accuracy._Run(PLAN, images, "none", tmp_path / "none.pt")
+    run._prepare()
+    rows, down, right, is_mirrored = run._random_numbers(0)
+    assert rows.shape == (4, 32) and sorted(rows.flatten().tolist()) == list(range(128))
+    assert set(down.flatten().tolist()) == set(right.flatten().tolist()) == set(range(9))
+    assert set(is_mirrored.flatten().tolist()) == {0, 1}
+    assert not torch.equal(down, right) and not torch.equal(run._random_numbers(1)[0], rows)
+
+
 def test_images_are_moved_and_mirrored_but_not_changed():
     columns = torch.arange(1, 9, dtype=torch.uint8).expand(64, 3, 8, 8).contiguous()
-    augmented = time_to_accuracy._augmented(columns, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    places = (torch.randint(high, (64,), generator=generator) for high in (9, 9, 2))
+    augmented = time_to_accuracy._augmented(columns, *places)
     assert augmented.shape == columns.shape and augmented.dtype == torch.uint8
     directions = set()
     rows = [max(image, key=lambda row: sum(value != 127 for value in row)) for image in augmented[:, 0].tolist()]

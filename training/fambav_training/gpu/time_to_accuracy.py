@@ -80,8 +80,7 @@ class _Run:
         self.model.train()
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(on_gpu):
-            rows = torch.arange(self.plan.batch_size, device=self.device)
-            self._loss(rows, torch.Generator()).backward()
+            self._loss(torch.zeros(4, self.plan.batch_size, dtype=torch.int64, device=self.device)).backward()
         self.optimizer.zero_grad()
         self._wait()
 
@@ -92,15 +91,13 @@ class _Run:
             torch.save({**states, "records": self.records}, new)
 
     def _train_epoch(self) -> None:
-        generator = torch.Generator().manual_seed(len(self.records))
-        order = torch.randperm(len(self.train_labels), generator=generator)
-        batches = order.split(self.plan.batch_size)[: len(order) // self.plan.batch_size]
         self.model.train()
         before, losses = self.records[-1]["train_seconds"] if self.records else 0.0, []
         self._wait()
         started = time.perf_counter()
-        for batch in batches:
-            loss = self._loss(batch.to(self.device), generator)
+        numbers = self._random_numbers(len(self.records))
+        for of_batch in numbers.unbind(1):
+            loss = self._loss(of_batch)
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
@@ -111,15 +108,28 @@ class _Run:
         self.records.append(
             {
                 "train_seconds": before + seconds,
-                "images_per_second": sum(map(len, batches)) / seconds,
+                "images_per_second": numbers[0].numel() / seconds,
                 "train_loss": torch.stack(losses).mean().item(),
                 "top1": self._top1(),
             }
         )
 
-    def _loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Of these rows of the training images, augmented."""
-        pixels = _augmented(self.train_images[rows], generator)
+    def _random_numbers(self, seed: int) -> Tensor:
+        """Arguments of `_loss` for all batches of an epoch, (4, batches, batch size).
+
+        All at once, because the host waits for the device whenever it moves something there.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        number = len(self.train_labels) // self.plan.batch_size * self.plan.batch_size
+        order = torch.randperm(len(self.train_labels), generator=generator)[:number]
+        highest = (2 * _PADDING + 1, 2 * _PADDING + 1, 2)
+        others = [torch.randint(high, (number,), generator=generator) for high in highest]
+        return torch.stack([order, *others]).view(4, -1, self.plan.batch_size).to(self.device)
+
+    def _loss(self, numbers: Tensor) -> Tensor:
+        """Of a batch: rows of the training images, and the last three arguments of `_augmented`, (4, batch size)."""
+        rows, *places = numbers
+        pixels = _augmented(self.train_images[rows], *places)
         with torch.autocast(self.device.type, torch.bfloat16):
             logits = self.model(_normalized(pixels)).logits
         return F.cross_entropy(logits.float(), self.train_labels[rows], label_smoothing=_LABEL_SMOOTHING)
@@ -151,16 +161,21 @@ def _normalized(pixels: Tensor) -> Tensor:
     return pixels.float() / 63.75 - 2
 
 
-def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image at a random place of its padded self, and mirrored or not; (b, 3, h, w), uint8."""
-    batch_size, _, height, width = pixels.shape
+def _augmented(pixels: Tensor, down: Tensor, right: Tensor, is_mirrored: Tensor) -> Tensor:
+    """Every image as seen from this place of its padded self, and mirrored or not.
+
+    Args:
+        pixels: uint8 tensor of shape (b, 3, h, w).
+        down, right: where the image begins in the padded one, from 0 to 8; int64 tensors of shape (b,).
+        is_mirrored: 0 or 1, of shape (b,).
+
+    Returns:
+        uint8 tensor of shape (b, 3, h, w).
+    """
+    height, width = pixels.shape[2:]
     padded = F.pad(pixels, (_PADDING,) * 4, value=127)
-
-    def random(high: int) -> Tensor:
-        return torch.randint(high, (batch_size, 1), generator=generator).to(pixels.device)
-
-    rows = random(2 * _PADDING + 1) + torch.arange(height, device=pixels.device)
-    columns = random(2 * _PADDING + 1) + torch.arange(width, device=pixels.device)
-    columns = torch.where(random(2) == 1, columns.flip(1), columns)
-    image = torch.arange(batch_size, device=pixels.device)[:, None, None]
+    rows = down[:, None] + torch.arange(height, device=pixels.device)
+    columns = right[:, None] + torch.arange(width, device=pixels.device)
+    columns = torch.where(is_mirrored[:, None] == 1, columns.flip(1), columns)
+    image = torch.arange(len(pixels), device=pixels.device)[:, None, None]
     return padded.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
