@@ -31,9 +31,8 @@ import torch
 from accelerate import Accelerator
 
 from fambav_training.gpu import images_file, kernel_accuracy, kernel_speed, model_speed, time_to_accuracy
-from fambav_training.gpu.images_file import Images
 from fambav_training.gpu.plan import Plan, full_plan, rehearsal
-from fambav_training.gpu.steps import Cell, DeviceLostError, Step, run
+from fambav_training.gpu.steps import Cell, DeviceLostError, Step, read_report, run
 from fambav_training.machine.provenance import environment
 
 STEPS = ("kernel_accuracy", "kernel_speed", "model_speed", "time_to_accuracy", "compiled_speed")
@@ -60,11 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cells_of(step: str, plan: Plan, images: Images | None, output_dir: Path) -> Iterable[Cell]:
-    """The cells of one of `STEPS`."""
-    if step == "time_to_accuracy":
-        assert images is not None  # see `parse`
-        return time_to_accuracy.cells(plan, images, output_dir / "checkpoints")
+def cells_of(step: str, plan: Plan) -> Iterable[Cell]:
+    """The cells of one of `STEPS` that needs no images."""
     if step in ("model_speed", "compiled_speed"):
         return model_speed.cells(plan, plan.suite if step == "model_speed" else plan.compiled)
     return {"kernel_accuracy": kernel_accuracy, "kernel_speed": kernel_speed}[step].cells(plan)
@@ -96,9 +92,16 @@ def measure(args: argparse.Namespace, deadline: float) -> None:
     conditions, git_commit = conditions_of(plan)
     steps = []
     for name in args.steps:
-        cells = cells_of(name, plan, images, args.output_dir)
-        of_step = {**conditions, "images": images.origin} if name == "time_to_accuracy" else conditions
-        steps.append(Step(args.output_dir / f"{name}.json", cells, of_step, git_commit))
+        path = args.output_dir / f"{name}.json"
+        if name == "time_to_accuracy":
+            assert images is not None  # see `parse`
+            of_training = {**conditions, "images": images.origin, "images_sha256": images.digest}
+            report = read_report(path, of_training)
+            folder = args.output_dir / "checkpoints"
+            cells = time_to_accuracy.cells(plan, images, folder, of_training, report["cells"])
+        else:
+            report, cells = read_report(path, conditions), cells_of(name, plan)
+        steps.append(Step(path, cells, report, git_commit))
     try:
         is_done = run(steps, lambda: time.monotonic() > deadline, device_check(plan))
     except DeviceLostError as error:

@@ -66,7 +66,8 @@ def test_a_rehearsal_fills_every_file(images_file, tmp_path, capsys):
     assert all(record["forward_seconds"] > 0 and record["step_seconds"] > 0 for record in records)
     for cell in reports["kernel_speed"]["cells"].values():
         assert cell["numba"]["forward_ms"] > 0 and cell["torch"]["forward_backward_ms"] > 0
-    assert reports["time_to_accuracy"]["conditions"]["images"] == "noise"
+    conditions = reports["time_to_accuracy"]["conditions"]
+    assert conditions["images"] == "noise" and len(conditions["images_sha256"]) == 64
     curve = reports["time_to_accuracy"]["cells"]
     assert set(curve) == {f"{strategy}, epoch {epoch}" for strategy in ("upper", "none") for epoch in (1, 2)}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}

@@ -1,5 +1,7 @@
 """Images for a machine without a network: which are taken, and that the file gives them back."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ def test_the_first_images_of_every_class_come_back(dataset_folder, tmp_path, mon
     written = images_file.prepare(str(dataset_folder), tmp_path / "new" / "images", "image", "label", "test")
     read = images_file.read(tmp_path / "new" / "images")
     assert read.origin == written.origin == f"{dataset_folder}, the first 5 training and 2 test images of every class"
+    assert read.digest == written.digest == hashlib.sha256((tmp_path / "new" / "images").read_bytes()).hexdigest()
     assert all(torch.equal(one, other) for one, other in zip(read[:4], written[:4]))
     assert read.train_images.dtype == torch.uint8 and read.train_images.shape == (15, 3, 6, 6)
     assert read.train_images[:, 0, 0, 0].tolist() == list(range(15))

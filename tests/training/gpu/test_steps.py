@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fambav_training.gpu.steps import Cell, DeviceLostError, Step, run
+from fambav_training.gpu.steps import Cell, DeviceLostError, Step, read_report, run
 
 CONDITIONS = {"device": "cuda: a GPU", "versions": {"torch": "2.9"}}
 
@@ -22,7 +22,8 @@ class Device:
 
     def step(self, name: str, cells: str, conditions: dict | None = None) -> Step:
         measures = [Cell(cell, lambda cell=cell: self.measure(cell)) for cell in cells]
-        return Step(self.folder / f"{name}.json", measures, conditions or CONDITIONS, self.git_commit)
+        path = self.folder / f"{name}.json"
+        return Step(path, measures, read_report(path, conditions or CONDITIONS), self.git_commit)
 
     def process(self, num_cells: int = 100) -> bool:
         """A process that has time for so many cells."""
@@ -88,7 +89,9 @@ def test_what_failed_waits_for_what_was_never_tried(device):
 
 
 def test_a_part_that_failed_is_a_cell_that_failed(device):
-    step = Step(device.folder / "step.json", [Cell("a", lambda: {"one": 1, "error": "two: is off"})], CONDITIONS, None)
+    path = device.folder / "step.json"
+    half = Cell("a", lambda: {"one": 1, "error": "two: is off"})
+    step = Step(path, [half], read_report(path, CONDITIONS), None)
     assert run([step], lambda: False, lambda: None)
     assert step.problems() == ["a: two: is off"] and device.report("step")["cells"]["a"]["one"] == 1
 
@@ -110,7 +113,8 @@ def test_a_kill_while_a_cell_is_measured_is_a_failure_of_it(device):
     def killed() -> dict:
         raise SystemExit(143)
 
-    step = Step(device.folder / "first.json", [Cell("a", killed)], CONDITIONS, None)
+    path = device.folder / "first.json"
+    step = Step(path, [Cell("a", killed)], read_report(path, CONDITIONS), None)
     with pytest.raises(SystemExit):
         run([step], lambda: False, lambda: None)
     (problem,) = device.step("first", "abc").problems()

@@ -1,5 +1,6 @@
 """A data set small enough to carry to a machine without a network: raw images and labels in one safetensors file."""
 
+import hashlib
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +20,19 @@ _NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class Images(NamedTuple):
-    """Images of one size `(n, 3, height, width)` (uint8) and labels `(n,)` (int64), and where they are from."""
+    """Images of one size `(n, 3, height, width)` (uint8) and labels `(n,)` (int64).
+
+    Attributes:
+        origin: where they are from.
+        digest: SHA-256 of the file that holds them.
+    """
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     origin: str
+    digest: str
 
 
 def prepare(
@@ -56,7 +63,7 @@ def prepare(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as new:
         save_file(dict(zip(_NAMES, tensors)), new, {"origin": origin})
-    return Images(*tensors, origin)
+    return read(path)
 
 
 def _first_of_every_class(labels: list[int], number: int) -> list[int]:
@@ -75,6 +82,7 @@ def read(path: Path) -> Images:
     """
     try:
         with safe_open(path, "pt") as file:
-            return Images(*(file.get_tensor(name) for name in _NAMES), file.metadata()["origin"])
+            tensors, origin = [file.get_tensor(name) for name in _NAMES], file.metadata()["origin"]
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a file of --prepare, {error}") from error
+    return Images(*tensors, origin, hashlib.sha256(path.read_bytes()).hexdigest())

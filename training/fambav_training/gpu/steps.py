@@ -38,16 +38,12 @@ class Step:
     Args:
         path: the JSON file.
         cells: in the order of their value.
-        conditions: device, versions and the like, which all cells of a file share.
+        report: what the file holds, see `read_report`.
         git_commit: of the code that measures now; every cell has its own, so that one can be mended and done again.
-
-    Raises:
-        ValueError: if the file was measured under other conditions, or cannot be read.
     """
 
-    def __init__(self, path: Path, cells: Iterable[Cell], conditions: dict[str, Any], git_commit: str | None):
-        self.path, self.cells, self.git_commit = path, list(cells), git_commit
-        self.report = _read(path, conditions)
+    def __init__(self, path: Path, cells: Iterable[Cell], report: dict[str, Any], git_commit: str | None):
+        self.path, self.cells, self.report, self.git_commit = path, list(cells), report, git_commit
 
     def untried(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.name not in self.report["cells"]]
@@ -128,7 +124,19 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {error}"
 
 
-def _read(path: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+def read_report(path: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """The content of a step's file, or that of a new one.
+
+    Args:
+        path: the JSON file.
+        conditions: device, versions and the like, which all cells of a file share.
+
+    Returns:
+        `conditions`, `is_complete`, and `cells` by name.
+
+    Raises:
+        ValueError: if the file was measured under other conditions, or cannot be read.
+    """
     if not path.exists():
         return {"conditions": conditions, "is_complete": False, "cells": {}}
     try:

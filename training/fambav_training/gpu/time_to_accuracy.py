@@ -1,5 +1,7 @@
 """Training on images of 32 px with fusion and without: accuracy over the seconds that training took."""
 
+import pickle
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +24,38 @@ STRATEGIES = ("upper", "none")
 _WEIGHT_DECAY, _WARMUP, _LABEL_SMOOTHING, _PADDING = 0.05, 0.1, 0.1, 4
 
 
-def cells(plan: Plan, images: Images, folder: Path) -> Iterator[Cell]:
-    """A cell per epoch and strategy, in turn, so that a stop leaves curves of the same length."""
-    runs = {strategy: _Run(plan, images, strategy, folder / f"{strategy}.pt") for strategy in STRATEGIES}
+def cells(
+    plan: Plan, images: Images, folder: Path, conditions: dict[str, Any], measured: dict[str, Any]
+) -> Iterator[Cell]:
+    """A cell per epoch and strategy, in turn, so that a stop leaves curves of the same length.
+
+    Args:
+        plan: the model and its training.
+        images: to train on and to score.
+        folder: of the checkpoints.
+        conditions: which a training shares with its checkpoint.
+        measured: the cells that are measured already, by name.
+
+    Raises:
+        ValueError: if a checkpoint belongs to other conditions or another plan, or is not that of the measured epochs.
+    """
+    runs = {strategy: _Run(plan, images, strategy, folder / f"{strategy}.pt", conditions) for strategy in STRATEGIES}
+    for strategy, run in runs.items():
+        epochs = [measured.get(f"{strategy}, epoch {epoch}", {}) for epoch in range(1, plan.epochs + 1)]
+        run.check_belongs_to(epochs)
     for epoch in range(1, plan.epochs + 1):
         for strategy, run in runs.items():
             yield Cell(f"{strategy}, epoch {epoch}", lambda run=run, epoch=epoch: run.epoch(epoch))
 
 
 class _Run:
-    """One training, whose state is in a file after every epoch; it goes on from there with the same bits."""
+    """One training, whose state is in a file after every epoch; it goes on from there with the same bits.
 
-    def __init__(self, plan: Plan, images: Images, strategy: str, path: Path):
+    Raises:
+        ValueError: if the file is no checkpoint, or one of another model, training or machine.
+    """
+
+    def __init__(self, plan: Plan, images: Images, strategy: str, path: Path, conditions: dict[str, Any]):
         self.plan, self.images, self.path = plan, images, path
         self.device = torch.device(plan.device)
         num_labels = int(images.train_labels.max()) + 1
@@ -42,6 +64,42 @@ class _Run:
         self.config = FambaVConfig(image_size=side, num_labels=num_labels, **plan.model, **fusion)
         self.records: list[dict[str, Any]] = []
         self._is_ready = False
+        training = {name: getattr(plan, name) for name in ("epochs", "batch_size", "learning_rate")}
+        self.made_with = {**conditions, **plan.model, **fusion, "image_size": side, **training}
+        self.name = secrets.token_hex(4)  # which training a record is of
+        if path.exists():
+            state = self._read()
+            for name, value in self.made_with.items():
+                if (found := state["made_with"].get(name)) != value:
+                    raise ValueError(
+                        f"{path}: trained with {name} {found!r}, now it is {value!r}; give another --output_dir"
+                    )
+            self.name = state["name"]
+
+    def check_belongs_to(self, epochs: list[dict[str, Any]]) -> None:
+        """Refuse to go on where another training was.
+
+        Args:
+            epochs: what is measured of every epoch; empty, or with an error, where nothing is.
+
+        Raises:
+            ValueError: if some are of another training than the checkpoint, and others are still to come.
+        """
+        names = {epoch.get("training") for epoch in epochs}
+        if names - {self.name, None} and None in names:
+            raise ValueError(
+                f"{self.path}: expected the checkpoint of the epochs that are measured already; put it back, "
+                "or give another --output_dir"
+            )
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            state = torch.load(self.path, "cpu", weights_only=True, mmap=True)
+            if isinstance(state, dict) and {"made_with", "name", "records", "model"} <= set(state):
+                return state
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.path}: cannot be read, {error}") from error
+        raise ValueError(f"{self.path}: not a checkpoint of this script")
 
     def epoch(self, number: int) -> dict[str, Any]:
         """Train epoch `number`, from 1, and score; one that is trained already is only looked up."""
@@ -67,7 +125,7 @@ class _Run:
             tensor.to(self.device) for tensor in self.images[:4]
         )
         if self.path.exists():
-            state = torch.load(self.path, self.device, weights_only=True)
+            state = self._read()
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -88,7 +146,8 @@ class _Run:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
         with atomic_file(self.path) as new:
-            torch.save({**states, "records": self.records}, new)
+            about = {"made_with": self.made_with, "name": self.name, "records": self.records}
+            torch.save({**states, **about}, new)
 
     def _train_epoch(self) -> None:
         self.model.train()
@@ -107,6 +166,7 @@ class _Run:
         seconds = time.perf_counter() - started
         self.records.append(
             {
+                "training": self.name,
                 "train_seconds": before + seconds,
                 "images_per_second": numbers[0].numel() / seconds,
                 "train_loss": torch.stack(losses).mean().item(),
