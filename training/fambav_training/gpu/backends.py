@@ -1,5 +1,6 @@
 """Which backends a device has, and computing on one of them for a while."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,10 +11,14 @@ from modeling_fambav import set_selective_scan_backend
 _OF_DEVICE = {"cuda": ("triton", "mamba-ssm"), "cpu": ("numba",)}
 
 
-def usable_backends(device: torch.device) -> list[str]:
-    """Backends with kernels for this device that can be loaded; plain torch where there are none."""
-    usable = [name for name in _OF_DEVICE[device.type] if problem_of(name) is None]
-    return usable or ["torch"]
+def backends_of(device: torch.device) -> tuple[str, ...]:
+    """Backends with kernels for this device, whether they are installed or not."""
+    return _OF_DEVICE[device.type]
+
+
+def is_installed(backend: str) -> bool:
+    """Whether the package of a backend is there; it may be broken."""
+    return importlib.util.find_spec(backend.replace("-", "_")) is not None
 
 
 def problem_of(backend: str) -> str | None:

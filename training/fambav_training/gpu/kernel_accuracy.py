@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fambav_training.gpu.backends import on_backend, usable_backends
+from fambav_training.gpu.backends import backends_of, is_installed, on_backend, problem_of
 from fambav_training.gpu.plan import Plan
 from fambav_training.gpu.steps import Cell
 from modeling_fambav.bidirectional_scan import bidirectional_scan
@@ -21,9 +21,12 @@ _RANK, _TAPS = 12, 4
 
 
 def cells(plan: Plan) -> Iterator[Cell]:
-    """A cell per backend, operator, data type and, for scans, state size."""
+    """A cell per backend, operator, data type and, for scans, state size; before them one that loads the backend."""
     device = torch.device(plan.device)
-    for backend in usable_backends(device):
+    for backend in backends_of(device):
+        yield Cell(backend, lambda backend=backend: _loaded(backend))
+    usable = [backend for backend in backends_of(device) if problem_of(backend) is None]
+    for backend in usable or ["torch"]:
         for operator in _FUNCTIONS:
             if backend == "mamba-ssm" and operator not in ("scan", "mixer"):
                 continue  # plain torch there
@@ -44,8 +47,24 @@ def cells(plan: Plan) -> Iterator[Cell]:
                     yield Cell(name, measure)
 
 
+def _loaded(backend: str) -> dict[str, Any]:
+    """Load a backend, or say that it is not installed.
+
+    Raises:
+        ImportError: if it is installed, but broken.
+    """
+    if not is_installed(backend):
+        return {"not_usable": problem_of(backend)}
+    with on_backend(backend):
+        return {"not_usable": None}
+
+
 def _errors(backend: str, function: Callable, inputs: dict[str, Tensor], bound: float) -> dict[str, Any]:
-    """The largest errors of outputs and gradients, and whether all are within the bound."""
+    """The largest error of every output and gradient, as a share of its largest value.
+
+    Raises:
+        ValueError: if one is above the bound, or no number.
+    """
     with on_backend("torch"):
         expected = _results(function, {name: tensor.double() for name, tensor in inputs.items()})
     with on_backend(backend):

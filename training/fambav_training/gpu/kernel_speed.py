@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fambav_training.gpu.backends import on_backend, problem_of
+from fambav_training.gpu.backends import backends_of, is_installed, on_backend, problem_of
 from fambav_training.gpu.kernel_accuracy import inputs_of
 from fambav_training.gpu.plan import Plan
-from fambav_training.gpu.steps import Cell
+from fambav_training.gpu.steps import Cell, error_text
 from modeling_fambav.bidirectional_scan import bidirectional_scan
 from modeling_fambav.selective_scan import selective_scan
 
 _FUNCTIONS = {"scan": selective_scan, "mixer": bidirectional_scan}
-_BACKENDS = {"cuda": ("triton", "mamba-ssm", "torch"), "cpu": ("numba", "torch")}
 _STATE_SIZE = 16
 
 
@@ -32,24 +31,39 @@ def cells(plan: Plan) -> Iterator[Cell]:
 
 
 def _times(operator: str, shape: tuple[int, int, int], plan: Plan) -> dict[str, Any]:
-    """Milliseconds of each backend, forward and forward with backward; why of those that cannot be used."""
+    """Milliseconds of each backend, forward and forward with backward.
+
+    One that fails has an `error` instead, and so has the whole; those that are not installed are named.
+    """
     device = torch.device(plan.device)
     inputs = inputs_of(operator, shape, _STATE_SIZE, torch.bfloat16)
     inputs = {name: tensor.to(device).requires_grad_() for name, tensor in inputs.items()}
-    problems = {backend: problem_of(backend) for backend in _BACKENDS[device.type]}
-    usable = [backend for backend, problem in problems.items() if problem is None]
-    milliseconds: dict[tuple[str, str], list[float]] = {}
+    backends = (*backends_of(device), "torch")
+    missing = {backend: problem_of(backend) for backend in backends if not is_installed(backend)}
+    errors: dict[str, str] = {}
+    milliseconds: dict[str, dict[str, list[float]]] = {backend: {} for backend in backends if backend not in missing}
     for round_number in range(plan.rounds + 1):
-        for backend in usable:
-            with on_backend(backend):
-                for kind, call in _calls(_FUNCTIONS[operator], inputs).items():
-                    value = 1e3 * _seconds(call, device, plan.seconds)
-                    if round_number > 0:  # the first one warms up
-                        milliseconds.setdefault((backend, kind), []).append(value)
-    found: dict[str, Any] = {backend: {} for backend in usable}
-    for (backend, kind), values in milliseconds.items():
-        found[backend][f"{kind}_ms"] = statistics.median(values)
-    return {**found, "not_usable": {backend: problem for backend, problem in problems.items() if problem is not None}}
+        for backend, of_backend in milliseconds.items():
+            if backend in errors:
+                continue
+            try:
+                with on_backend(backend):
+                    for kind, call in _calls(_FUNCTIONS[operator], inputs).items():
+                        value = 1e3 * _seconds(call, device, plan.seconds)
+                        if round_number > 0:  # the first one warms up
+                            of_backend.setdefault(f"{kind}_ms", []).append(value)
+            except Exception as error:
+                errors[backend] = error_text(error)
+    found: dict[str, Any] = {
+        backend: {"error": errors[backend]}
+        if backend in errors
+        else {kind: statistics.median(values) for kind, values in of_backend.items()}
+        for backend, of_backend in milliseconds.items()
+    }
+    found["not_usable"] = missing
+    if errors:
+        found["error"] = "; ".join(f"{backend}: {error}" for backend, error in errors.items())
+    return found
 
 
 def _calls(function: Callable, inputs: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
