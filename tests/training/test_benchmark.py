@@ -108,6 +108,13 @@ def test_tables_do_not_share_torchs_limit_of_graphs_and_reaching_it_is_an_error(
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
+def test_memory_of_cuda_graphs_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    case = Case("famba-v", image_size=32, batch_size=1, compile_mode="reduce-overhead")
+    (entry,) = measure([case], CPU, rounds=1, train=True, with_memory=True)
+    assert entry["step_seconds"] > 0 and "step_peak_bytes" not in entry
+
+
 @pytest.mark.slow
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     few, many = (

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -17,14 +17,34 @@ from fambav_training.machine.provenance import status_bytes
 from modeling_fambav import set_selective_scan_backend
 
 
-def measure(cases: list[Case], device: torch.device, rounds: int, train: bool, with_memory: bool) -> list[dict]:
-    """Measure cases against each other. Returns a record for each, in seconds, bytes and images/s.
+def measure(
+    cases: list[Case],
+    device: torch.device,
+    rounds: int,
+    train: bool,
+    with_memory: bool,
+    seconds: float = 0.2,
+    on_error: Callable[[Case, Exception], None] | None = None,
+) -> list[dict]:
+    """Measure cases against each other.
+
+    Args:
+        cases: of one table.
+        device: where they run.
+        rounds: in which they take turns.
+        train: whether training steps are measured, too.
+        with_memory: whether their memory is.
+        seconds: how long a timing in a round takes at least.
+        on_error: called if a case fails, which is left out then; by default, its error ends the measurement.
+
+    Returns:
+        a record for each, in seconds, bytes and images/s.
 
     Raises:
         torch._dynamo.exc.FailOnRecompileLimitHit: if a compiled model would run uncompiled from some call on.
     """
     with _compiler_of(cases):
-        return _measure(cases, device, rounds, train, with_memory)
+        return _measure(cases, device, rounds, train, with_memory, seconds, on_error)
 
 
 @contextlib.contextmanager
@@ -39,27 +59,61 @@ def _compiler_of(cases: list[Case]) -> Iterator[None]:
         yield
 
 
-def _measure(cases: list[Case], device: torch.device, rounds: int, train: bool, with_memory: bool) -> list[dict]:
+def _measure(
+    cases: list[Case],
+    device: torch.device,
+    rounds: int,
+    train: bool,
+    with_memory: bool,
+    min_seconds: float,
+    on_error: Callable[[Case, Exception], None] | None,
+) -> list[dict]:
     give_back_freed_memory()  # so that no table starts in the scattered heap of those before it
-    workloads = [Workload(case, device) for case in cases]
     kinds = ("forward", "step") if train else ("forward",)
-    seconds = {(workload.case, kind): [] for workload in workloads for kind in kinds}
+    seconds = {(case, kind): [] for case in cases for kind in kinds}
+    bytes_of = {}
+    workloads: dict[Case, Workload] = {}
+
+    def prepare(case: Case) -> None:
+        workloads[case] = Workload(case, device)
+
+    def warm_up(case: Case, kind: str) -> None:  # compilation, caches, the allocator
+        for _ in range(3 if device.type == "cuda" else 1):
+            workloads[case].seconds(getattr(workloads[case], kind), 0.0)
+
+    def take_time(case: Case, kind: str) -> None:
+        seconds[case, kind].append(workloads[case].seconds(getattr(workloads[case], kind), min_seconds))
+
+    def take_memory(case: Case) -> None:
+        bytes_of[case] = peak_bytes(workloads[case])
+
+    def of_all(function: Callable[..., None], *arguments: str) -> None:
+        for case in tuple(left):
+            try:
+                function(case, *arguments)
+            except Exception as error:
+                if on_error is None:
+                    raise
+                left.remove(case)
+                workloads.pop(case, None)
+                on_error(case, error)
+
+    left = list(cases)
+    of_all(prepare)
     for kind in kinds:
-        for workload in workloads:  # warm-up: compilation, caches, the allocator
-            for _ in range(3 if device.type == "cuda" else 1):
-                workload.seconds(getattr(workload, kind), 0.0)
+        of_all(warm_up, kind)
         for _ in range(rounds):
-            for workload in workloads:
-                seconds[workload.case, kind].append(workload.seconds(getattr(workload, kind), 0.2))
+            of_all(take_time, kind)
+    if train and with_memory:
+        of_all(take_memory)
     records = []
-    for workload in workloads:
-        case = workload.case
+    for case in left:
         record = {"label": case.label, **dataclasses.asdict(case), "mean_tokens": case.mean_tokens()}
         for kind in kinds:
             record[f"{kind}_seconds"] = statistics.median(seconds[case, kind])
             record[f"{kind}_images_per_second"] = case.batch_size / record[f"{kind}_seconds"]
-        if train and with_memory:
-            record["step_peak_bytes"] = peak_bytes(workload)
+        if bytes_of.get(case) is not None:
+            record["step_peak_bytes"] = bytes_of[case]
         records.append(record)
     return records
 
@@ -78,8 +132,13 @@ def measure_core_operations(device: torch.device, rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_bytes(workload: Workload) -> int:
-    """Memory that training steps need at their peak beside the weights: activations, gradients, AdamW's averages."""
+def peak_bytes(workload: Workload) -> int | None:
+    """Memory that training steps need at their peak beside the weights: activations, gradients, AdamW's averages.
+
+    None for CUDA graphs, whose tensors lie in a pool of their own that was made before.
+    """
+    if workload.case.compile_mode == "reduce-overhead":
+        return None
     set_selective_scan_backend(workload.case.backend)
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()
