@@ -1,9 +1,10 @@
 """Everything that only a GPU can show, in steps of a few minutes, the most valuable one first.
 
+    export PYTHONPATH=.    # the root of the repository, unless the package is installed
     python training/measure_on_gpu.py --prepare images.safetensors --dataset_name path/to/cifar100   # anywhere
     python training/measure_on_gpu.py --images images.safetensors --minutes 7                        # on the GPU
 
-Needs torch, triton, transformers and accelerate there, and no network. Steps, each with a JSON file of its own:
+The second needs torch, triton, transformers >= 5.20 and accelerate, and no network. Its steps have a JSON file each:
 
     kernel_accuracy   every operator on every backend against float64: values and gradients, data types, state sizes
     kernel_speed      the scan and the mixer, Triton beside mamba-ssm and plain torch
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from fambav_training.cli import one_line_errors
 from fambav_training.gpu import images_file, kernel_accuracy, kernel_speed, model_speed, time_to_accuracy
 from fambav_training.gpu.plan import Plan, full_plan, rehearsal
 from fambav_training.gpu.steps import Cell, DeviceLostError, Step, read_report, run
@@ -46,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--image_column_name", help="column with the images; found by its type if not given")
     parser.add_argument("--label_column_name", default="fine_label", help="column with the labels")
+    parser.add_argument("--test_split", default="test", help="split of the images that are scored")
     parser.add_argument("--images", type=Path, metavar="FILE", help="file of --prepare, for time_to_accuracy")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these, in this order")
     parser.add_argument("--minutes", type=float, default=7, help="start no cell later than that")
@@ -70,16 +73,13 @@ def main(argv: list[str] | None = None, started: float | None = None) -> None:
     """Do what the flags say. `started`: when the time began to count, by `time.monotonic()`; now if None."""
     started = time.monotonic() if started is None else started
     args = parse(argv)
-    try:
-        if args.prepare is not None:
-            images = images_file.prepare(
-                args.dataset_name, args.prepare, args.image_column_name, args.label_column_name, "test"
-            )
-            print(f"{args.prepare}: {len(images.train_labels)} and {len(images.test_labels)} images, {images.origin}")
+    with one_line_errors():
+        if args.prepare is None:
+            measure(args, deadline=started + 60 * args.minutes)
             return
-        measure(args, deadline=started + 60 * args.minutes)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        columns = args.image_column_name, args.label_column_name
+        images = images_file.prepare(args.dataset_name, args.prepare, *columns, args.test_split)
+        print(f"{args.prepare}: {len(images.train_labels)} and {len(images.test_labels)} images, {images.origin}")
 
 
 def measure(args: argparse.Namespace, deadline: float) -> None:
@@ -95,6 +95,8 @@ def measure(args: argparse.Namespace, deadline: float) -> None:
         path = args.output_dir / f"{name}.json"
         if name == "time_to_accuracy":
             assert images is not None  # see `parse`
+            if len(images.train_labels) < plan.batch_size:
+                raise ValueError(f"{args.images}: expected at least {plan.batch_size} training images, a batch")
             of_training = {**conditions, "images": images.origin, "images_sha256": images.digest}
             report = read_report(path, of_training)
             folder = args.output_dir / "checkpoints"

@@ -1,5 +1,6 @@
 """What only a GPU can show: a rehearsal of all steps on the CPU, and its messages."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -182,3 +183,26 @@ def test_wrong_files_and_machines_are_refused(tmp_path, monkeypatch):
         measure_on_gpu.main(["--rehearse", "--images", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="error: "):
         measure_on_gpu.main(["--prepare", str(tmp_path / "images"), "--dataset_name", str(tmp_path / "nowhere")])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: .*file"):
+        measure_on_gpu.main(["--rehearse", "--steps", "kernel_speed", "--output_dir", str(tmp_path / "file")])
+
+
+def test_images_that_do_not_fill_a_batch_are_refused(images_file, tmp_path, monkeypatch):
+    plan = dataclasses.replace(rehearsal(), batch_size=65)
+    monkeypatch.setattr(measure_on_gpu, "rehearsal", lambda: plan)
+    with pytest.raises(SystemExit, match="error: .*expected at least 65 training images, a batch"):
+        rehearse(images_file, tmp_path, "--steps", "time_to_accuracy")
+
+
+def test_the_split_that_is_scored_is_a_flag(tmp_path, monkeypatch):
+    asked = []
+
+    def prepare(*arguments) -> None:
+        asked.extend(arguments)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(measure_on_gpu.images_file, "prepare", prepare)
+    with pytest.raises(SystemExit, match="^error: disk full"):
+        measure_on_gpu.main(["--prepare", str(tmp_path / "images"), "--test_split", "validation"])
+    assert asked[-1] == "validation"

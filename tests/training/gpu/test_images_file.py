@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from safetensors.torch import save_file
 
 from fambav_training.gpu import images_file
 
@@ -37,6 +38,27 @@ def test_the_first_images_of_every_class_come_back(dataset_folder, tmp_path, mon
     assert read.train_images[:, 0, 0, 0].tolist() == list(range(15))
     assert read.test_images[:, 2, 5, 5].tolist() == list(range(100, 106))
     assert read.train_labels.tolist() == [0, 1, 2] * 5 and read.test_labels.tolist() == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("train_images", torch.zeros(4, 3, 8, 8), "train_images: expected uint8 of .*, got float32 of"),
+        ("train_images", torch.zeros(4, 8, 8).byte(), "train_images: expected uint8 of .*, got uint8 of"),
+        ("test_images", torch.zeros(2, 3, 8, 6).byte(), "test_images: expected squares of one size"),
+        ("test_images", torch.zeros(2, 3, 6, 6).byte(), "test_images: expected squares of one size"),
+        ("train_labels", torch.zeros(3).long(), r"train_labels: expected int64 of \(4,\), got int64 of \(3,\)"),
+        ("test_labels", torch.zeros(2), r"test_labels: expected int64 of \(2,\), got float32"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(tmp_path, name, tensor, message):
+    tensors = {"train_images": torch.zeros(4, 3, 8, 8).byte(), "train_labels": torch.zeros(4).long()}
+    tensors |= {"test_images": torch.zeros(2, 3, 8, 8).byte(), "test_labels": torch.zeros(2).long()}
+    save_file(tensors, tmp_path / "images", {"origin": "zeros"})
+    images_file.read(tmp_path / "images")
+    save_file({**tensors, name: tensor}, tmp_path / "images", {"origin": "zeros"})
+    with pytest.raises(ValueError, match=message):
+        images_file.read(tmp_path / "images")
 
 
 def test_a_file_of_cifar100_fits_what_is_asked():

@@ -1,1 +1,1 @@
-"""What is known of GPU kernels without a GPU."""
+"""What is measured on a GPU, and what is known of GPU kernels without one."""

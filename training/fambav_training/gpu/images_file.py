@@ -78,11 +78,22 @@ def read(path: Path) -> Images:
     """What `prepare` wrote.
 
     Raises:
-        ValueError: if it is not such a file.
+        ValueError: if it is not such a file, or its images and labels do not belong together.
     """
     try:
         with safe_open(path, "pt") as file:
             tensors, origin = [file.get_tensor(name) for name in _NAMES], file.metadata()["origin"]
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a file of --prepare, {error}") from error
+    for images, labels, part in ((*tensors[:2], "train"), (*tensors[2:], "test")):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{path}: {part}_images: expected uint8 of (n, 3, side, side), got {_described(images)}")
+        if images.shape[2] != images.shape[3] or images.shape[2:] != tensors[0].shape[2:]:
+            raise ValueError(f"{path}: {part}_images: expected squares of one size, got {_described(images)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
+            raise ValueError(f"{path}: {part}_labels: expected int64 of ({len(images)},), got {_described(labels)}")
     return Images(*tensors, origin, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"

@@ -17,7 +17,7 @@ class Plan:
         suite: models that are timed, by the title of their table.
         compiled: the same for models that torch compiles, which takes them minutes.
         rounds: interleaved rounds of a timing.
-        seconds: how long a timing in a round takes at least.
+        seconds: how long a timing in a round takes at least, of kernels and models.
         model: fields of `FambaVConfig` of the models that are trained, beside fusion.
         epochs, batch_size, learning_rate: of their training.
     """
