@@ -161,8 +161,10 @@ def test_a_loss_that_is_read_late_stops_before_the_next_step(nan_at, tmp_path):
     with pytest.raises(trainer.NonFiniteLossError, match="at step 5,"):
         train_here(tmp_path / "out", **flags)
     folder, before = tmp_path / "out" / "nonfinite_step_000005", tmp_path / "whole" / "checkpoints" / "step_000004"
-    for name in ("model.safetensors", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        saved, expected = (load(path / name) for path in (folder, before))
+    # accelerate's own function reads safetensors in its newer releases only
+    readers = {"model.safetensors": load_file, "custom_checkpoint_0.pkl": load, "custom_checkpoint_1.pkl": load}
+    for name, read in readers.items():
+        saved, expected = (read(path / name) for path in (folder, before))
         torch.testing.assert_close(saved, expected, rtol=0, atol=0)
     position = json.loads((folder / "trainer_state.json").read_text())["position"]
     assert (position["step"], position["epoch"], position["batch"], position["images"]) == (4, 1, 1, 4 * 32)
