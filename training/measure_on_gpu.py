@@ -4,7 +4,7 @@
     python training/measure_on_gpu.py --prepare images.safetensors --dataset_name path/to/cifar100   # anywhere
     python training/measure_on_gpu.py --images images.safetensors --minutes 7                        # on the GPU
 
-The second needs torch, triton, transformers >= 5.20 and accelerate, and no network. Its steps have a JSON file each:
+The second needs torch, triton, transformers >= 5.18 and accelerate, and no network. Its steps have a JSON file each:
 
     kernel_accuracy   every operator on every backend against float64: values and gradients, data types, state sizes
     kernel_speed      the scan and the mixer, Triton beside mamba-ssm and plain torch
