@@ -19,7 +19,7 @@ from transformers import pipeline
 from fambav_training.data.labeled_images import DIGITS, load_labeled_images
 from fambav_training.markdown import markdown_table
 from fambav_training.plots import plot_to
-from fambav_training.processes import run_to_end, train_command
+from fambav_training.processes import exit_on_signal, run_to_end, train_command
 from fambav_training.release.saving import CHECKPOINTS, RESULTS_FILE
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -100,7 +100,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on_signal(signal.SIGTERM)
     try:
         results = {strategy: train(strategy) for strategy in STRATEGIES}
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ from fambav_training.gpu import images_file, kernel_accuracy, kernel_speed, mode
 from fambav_training.gpu.plan import Plan, full_plan, rehearsal
 from fambav_training.gpu.steps import Cell, DeviceLostError, Step, read_report, run
 from fambav_training.machine.provenance import environment
+from fambav_training.processes import exit_on_signal
 
 STEPS = ("kernel_accuracy", "kernel_speed", "model_speed", "time_to_accuracy", "compiled_speed")
 
@@ -87,8 +88,7 @@ def measure(args: argparse.Namespace, deadline: float) -> None:
     if plan.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no GPU; --rehearse does the same in tiny sizes on the CPU")
     images = None if args.images is None else images_file.read(args.images)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # of a job manager, of a terminal that closes
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    exit_on_signal(signal.SIGTERM, signal.SIGHUP)  # of a job manager, of a terminal that closes
     conditions, git_commit = conditions_of(plan)
     steps = []
     for name in args.steps:

@@ -28,6 +28,7 @@ from typing import Any
 from fambav_training.paper.report import duration, make_report, write_report
 from fambav_training.paper.runs import Run, launch, log_tail, table_runs
 from fambav_training.paper.tables import SCALES, TABLES, WIDTH_FACTORS, Cell, table_cells
+from fambav_training.processes import exit_on_signal
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,7 +85,7 @@ def choose_runs(cells: list[Cell], runs: dict[str, list[Run]], names: list[str] 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on_signal(signal.SIGTERM)
     title = f"{TABLES[args.table]}, Vim-{args.backbone.capitalize()}, scale {args.scale}"
     folder, flags = table_folder(args, args.table), shared_flags(args)
     cells = table_cells(args.table, flags, args.backbone)

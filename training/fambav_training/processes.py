@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, which are not left alone when the caller stops."""
+"""Training runs in processes of their own, which are not left alone when the caller stops, and how it stops."""
 
 import os
 import signal
@@ -40,3 +40,9 @@ def run_to_end(command: list[str], output: IO[str] | None = None, **environment:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
+
+
+def exit_on_signal(*numbers: int) -> None:
+    """Leave by `SystemExit` when one of these signals arrives, so that what has begun is ended in order."""
+    for number in numbers:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fambav_training.files import atomic_file
-from fambav_training.fusion.budgets import fusion_fields
 from fambav_training.gpu.images_file import Images
 from fambav_training.gpu.plan import Plan
 from fambav_training.gpu.steps import Cell
-from fambav_training.paper.tables import TABLE_1_TOKENS
+from fambav_training.paper.tables import table_cells
 from fambav_training.run.optimization import create_optimizer, create_schedule
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 
@@ -209,11 +208,8 @@ class _Run:
 
 
 def _fusion(strategy: str, model: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a strategy that remove the same share of the tokens as in the paper, as `reproduce.py` has them."""
-    if strategy == "none":
-        return {"fusion_strategy": "none"}
-    unfused = FambaVConfig(**model, fusion_strategy="none")
-    return fusion_fields(strategy, TABLE_1_TOKENS[strategy], unfused.num_hidden_layers, unfused.num_patches + 1)
+    """Fields of a strategy that remove the same share of the tokens as in the paper, those of its row in Table 1."""
+    return next(row.fields for row in table_cells("1", model, "ti") if row.name == strategy)
 
 
 def _normalized(pixels: Tensor) -> Tensor:
