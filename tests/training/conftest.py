@@ -1,6 +1,7 @@
 """Keep the tests off the network and out of the user's caches, a browser, and a folder of images of many kinds."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -8,8 +9,10 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
+from fambav_training.paper.runs import Run
 from support.browser import open_browser
 from support.helpers import noise
+from support.table_runs import stand_in
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,16 @@ def default_signals():
 def browser():
     with open_browser() as chromium:
         yield chromium
+
+
+@pytest.fixture
+def failing(monkeypatch) -> Iterator[set[str]]:
+    """Runs of tables are stand-ins that take no time. Those of the cells in this set, empty at first, fail."""
+    cells = set()
+    monkeypatch.setattr(Run, "command", property(lambda run: stand_in(run, run.cell in cells)))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield cells
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
