@@ -196,7 +196,7 @@ def test_targets_are_found_and_scored(model_folder, monkeypatch, tmp_path, capsy
     "words, expected",
     [
         (["--sweep", "--sweep_tokens", "2", "0"], "fusion_tokens=0"),
-        (["--sweep", "upper", "--sweep_saved", "0.9"], "--sweep_saved 0.9: 'upper' fusion of this model saves"),
+        (["--sweep", "upper", "--sweep_saved", "0.9"], "--sweep_saved 0.9: share of the multiply-adds 0.1: 'upper'"),
         (["--ablate", "--fusion_strategy", "none"], "--ablate: expected a fusion to vary"),
         (["--target_tokens", "0.1"], "'upper' fusion of this model leaves at least"),
         (["--target_speedup", "0.5"], "speedup 0.5: expected a number above 1"),

@@ -1,5 +1,6 @@
 """How much fusion it takes to leave a given share of tokens or multiply-adds, or to be a number of times as fast."""
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +30,6 @@ _SHARES = {"tokens": token_share, "multiply-adds": multiply_add_share}
 def most_tokens(config: FambaVConfig) -> int:
     """The largest number of tokens that a layer can remove; a larger one is clamped to it."""
     return config.num_patches // 2
-
-
-def least_share(config: FambaVConfig, strategy: str, of: str = "tokens") -> float:
-    """The share of the `"tokens"` or `"multiply-adds"` that is left if all these layers remove as much as they can."""
-    fusion = {"fusion_strategy": strategy, "fusion_tokens": most_tokens(config)}
-    return _SHARES[of](with_fusion(config, fusion))
 
 
 def fusion_for_share(config: FambaVConfig, share: float, strategy: str, of: str = "tokens") -> dict[str, Any]:
@@ -84,8 +79,9 @@ def fusion_for_share(config: FambaVConfig, share: float, strategy: str, of: str 
         enough = _smallest(lambda number: share_of(fusion_for(number)) <= share, largest)
         return min((fusion_for(number) for number in (enough, max(1, enough - 1))), key=distance)
 
-    least = least_share(config, strategy, of)
+    least = share_of(by_number(most))
     if share < least:
+        least = math.ceil(1000 * least) / 1000  # so that it can be asked for
         raise ValueError(f"share of the {of} {share:g}: {strategy!r} fusion of this model leaves at least {least:.3f}")
     fusion = nearest(by_number, most)
     if distance(fusion) <= _TOLERANCE:
