@@ -229,22 +229,19 @@ def duration(seconds: float) -> str:
 
 
 def plot(title: str, report: dict[str, Any], path: Path) -> None:
-    """Accuracy against training time, a point per cell, bars over seeds."""
-    time_measure = report["time_measure"]
+    """Accuracy against training time as a share of that without fusion, a point per cell, bars over seeds."""
     with plot_to(path, 6, 4.2) as [axis]:
         for record in report["cells"]:
-            if record["measured"] is None:
+            if record["saved"]["time"] is None:
                 continue
-            seconds, accuracy = record["measured"][time_measure], record["measured"]["top1"]
-            bars = {}
-            if seconds["std"] is not None:
-                bars = {"xerr": seconds["std"], "yerr": accuracy["std"], "capsize": 2}
+            accuracy = record["measured"]["top1"]
+            bars = {} if accuracy["std"] is None else {"yerr": accuracy["std"], "capsize": 2}
             color = "tab:gray" if record["cell"] == "none" else "tab:orange"
-            point = seconds["mean"], accuracy["mean"]
+            point = 1 - record["saved"]["time"], accuracy["mean"]
             axis.errorbar(*point, fmt="o", color=color, **bars)
             axis.annotate(record["cell"], point, xytext=(5, 4), textcoords="offset points", fontsize=8)
-        time_label = "processor time, s" if time_measure == "processor_seconds" else "training time, s"
-        axis.set(xlabel=time_label, ylabel="top-1, %", title=title)
+        time = "processor time" if report["time_measure"] == "processor_seconds" else "training time"
+        axis.set(xlabel=f"{time}, share of that without fusion", ylabel="top-1, %", title=title)
 
 
 def write_report(title: str, report: dict[str, Any], folder: Path) -> None:
