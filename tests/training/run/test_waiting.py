@@ -1,6 +1,7 @@
 """A step reads no value of a tensor that lies on the device, so that the program never waits for the device.
 
-On a CPU every tensor is on the host. What is looked for are the calls that read a value, whatever the device. Crops
+On a CPU every tensor is on the host. What is looked for are the calls that read a value, whatever the device, and
+the operators inside of torch's own functions and of the backward pass that do. Crops
 are left out: kornia reads where they are, but draws that on the host. Before 0.9 it reads which images it flips and
 erases, too.
 """
@@ -11,13 +12,29 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fambav_training.machine.transfer import LateValues
 from fambav_training.run.optimization import WeightAverage
 from fambav_training.run.trainer import Trainer
 from support.training_runs import train_here
+from support.values_read import reads_values
 
 _READING = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+class _ReadsOfOperators(TorchDispatchMode):
+    """Notes every operator that reads a value, unless `calls` notes nothing now."""
+
+    def __init__(self, calls: "_Reads"):
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if reads_values(function, (*args, kwargs)) and not self._calls.is_allowed:
+            self._calls.names.append(str(function))
+        return function(*args, **kwargs)
 
 
 class _Reads(TorchFunctionMode):
@@ -41,7 +58,7 @@ def reads(monkeypatch) -> _Reads:
 
     def watched(train_batch):
         def step(self, *arguments):
-            with mode:
+            with mode, _ReadsOfOperators(mode):
                 return train_batch(self, *arguments)
 
         return step
@@ -68,6 +85,16 @@ def test_reading_is_noticed(read):
     with _Reads() as reads:
         read(torch.ones(()))
     assert len(reads.names) == 1
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x[x > 0], lambda x: torch.nn.functional.one_hot(x.long()), lambda x: torch.allclose(x, x)]
+)
+def test_reading_inside_of_torch_is_noticed(read):
+    reads = _Reads()
+    with _ReadsOfOperators(reads):
+        read(torch.ones(3))
+    assert reads.names
 
 
 @pytest.mark.parametrize(
