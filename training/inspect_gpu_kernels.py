@@ -193,7 +193,8 @@ def passes_of(kernel: str, case: Case, loops: int) -> list[int]:
         return [blocks * math.ceil(case.channels // 2 / 32), blocks, blocks]
     if kernel == "merge":
         return [2]  # few places receive more than two tokens
-    return [case.num_tokens if kernel.startswith("scan") else 1] * loops
+    passes = {"scan_forward": case.num_tokens, "scan_backward": math.ceil(case.num_tokens / 2)}  # by pairs of steps
+    return [passes.get(kernel, 1)] * loops
 
 
 def limits(gpu: Gpu, launch: Launch, assembly: Assembly, warps: int, passes: list[int]) -> dict[str, float]:

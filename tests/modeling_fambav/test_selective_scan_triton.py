@@ -13,8 +13,8 @@ from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_g
 pytest.importorskip("triton")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# (directions, batch, tokens, channels, state), around blocks of 32 channels and chunks of 32 tokens
-SMALL = [(1, 1, 1, 16, 1), (2, 2, 2, 33, 3), (2, 1, 33, 40, 4), (1, 1, 64, 8, 2)]
+# (directions, batch, tokens, channels, state), around blocks of 16 to 64 channels and chunks of 32 tokens
+SMALL = [(1, 1, 1, 16, 1), (2, 2, 2, 33, 3), (2, 1, 33, 40, 4), (1, 1, 64, 8, 2), (2, 1, 3, 70, 16), (1, 2, 5, 20, 40)]
 LARGE = [(2, 3, 197, 384, 16), (2, 1, 1024, 192, 16), (1, 8, 65, 33, 4), (2, 2, 13, 768, 1)]
 CASES = [("cpu", shape) for shape in SMALL] + [
     pytest.param("cuda", shape, marks=pytest.mark.gpu) for shape in SMALL + LARGE
@@ -113,3 +113,10 @@ def test_convolution_equals_the_torch_backend(device, num_directions, num_tokens
     expected = with_gradients("torch", x.double(), weight.double(), bias.double())
     for tensor, expected_tensor in zip(results, expected):
         torch.testing.assert_close(tensor, expected_tensor.to(tensor.dtype), **tolerance("conv", dtype))
+
+
+def test_an_image_that_32_bits_cannot_count_is_refused():
+    x, one = torch.empty(1, 1, 2**20, 2048, device="meta"), torch.empty(1, 1, 2**20, 1, device="meta")
+    A, D = torch.empty(1, 2048, 1, device="meta"), torch.empty(1, 2048, device="meta")
+    with pytest.raises(ValueError, match=r"1048576 tokens, 2048 elements apart: expected less than 2\*\*31"):
+        scan_kernels("triton").forward(x, x, A, one, one, D, None, None, None, False)
