@@ -20,6 +20,7 @@ TOLERANCE = 1e-4  # of a logit, in float32
 TOKEN_MAPS = "token_maps"
 HUB_FILE = "onnx/model.onnx"  # where transformers.js looks
 _BATCH_SIZES = (1, 2, 5)
+_FOLDED = 2**26  # values of a constant, at most; the matrices of all sizes of Vim have fewer
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -54,8 +55,11 @@ def _simplify(model) -> None:
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
+    from fambav_training.export.onnx_projections import transpose_narrow_tensors
+
     common.InlinePass()(model)
-    fold_constants(model)
+    transpose_narrow_tensors(model)
+    fold_constants(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     for simplify in (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

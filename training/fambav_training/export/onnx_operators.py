@@ -170,88 +170,126 @@ def bidirectional_scan(
 ) -> tuple[FLOAT, FLOAT, FLOAT]:
     """As `bidirectional_scan`; outputs that only a backward pass needs are placeholders.
 
-    Time comes first, because a loop runs over the first dimension, and the backward direction is turned round once
-    before everything and once after it.
+    Time comes first, because a loop runs over the first dimension. Nothing is turned round: the backward direction
+    convolves the other way, and the loop reads its inputs from the end.
     """
-    (num_directions, channels, state_size), rank, width = A.shape, dt_proj.shape[2], conv_weight.shape[2]
+    _, channels, state_size = A.shape
     by_time = op.Transpose(xz, perm=[1, 0, 2])  # (T, B, 2E)
     x, z = _slice(by_time, 0, channels, 2), _slice(by_time, channels, 2 * channels, 2)
-    scale = None if dt_scale is None else op.Unsqueeze(op.Transpose(dt_scale, perm=[1, 0]), _ints(2))  # (T, B, 1)
-    found = []
-    for direction in range(num_directions):
+    scanned, rates, skipped = [], [], []
+    for direction, values in enumerate(_convolved(op.Unsqueeze(x, _ints(2)), conv_weight, conv_bias, xz.shape[1])):
 
         def own(parameter, direction=direction):
             return op.Gather(parameter, op.Constant(value_int=direction), axis=0)
 
-        turn = _reversed if direction else op.Identity
-        values = _convolved(turn(x), own(conv_weight), own(conv_bias), width, xz.shape[1])
-        low_rank_dt, B, C = _chosen(values, own(x_proj), rank, state_size)
-        dt = op.Add(op.MatMul(low_rank_dt, op.Transpose(own(dt_proj), perm=[1, 0])), own(dt_bias))
-        delta = _softplus(dt)
-        if scale is not None:
-            delta = op.Mul(delta, turn(scale))
-        y = recurrence(
-            op.Unsqueeze(delta, _ints(2)),
-            op.Unsqueeze(op.Mul(delta, values), _ints(2)),
-            op.Unsqueeze(B, _ints(3)),
-            op.Unsqueeze(C, _ints(2)),
-            op.Transpose(own(A), perm=[1, 0]),
-        )
-        found.append(turn(op.Add(op.Squeeze(y, _ints(2)), op.Mul(values, own(D)))))
-    y = op.Mul(op.Add(*found), 1 / num_directions)
+        low_rank_dt, B, C = _chosen(values, own(x_proj), dt_proj.shape[2], state_size)
+        delta = _softplus(op.Add(op.MatMul(low_rank_dt, op.Transpose(own(dt_proj), perm=[1, 0])), own(dt_bias)))
+        if dt_scale is not None:
+            delta = op.Mul(delta, op.Unsqueeze(op.Transpose(dt_scale, perm=[1, 0]), _ints(2, 3)))  # (T, B, 1, 1)
+        scanned += [delta, op.Mul(delta, values), op.Transpose(B, perm=[0, 1, 3, 2]), C]
+        rates.append(op.Transpose(own(A), perm=[1, 0]))
+        # The mean of both directions is their sum, of halves
+        skipped.append(op.Mul(values, op.Mul(own(D), 0.5)))
+    forward, backward = recurrences(*scanned, *rates)
+    y = op.Squeeze(op.Add(op.Add(forward, skipped[0]), op.Add(backward, skipped[1])), _ints(2))
     out = op.Transpose(op.Mul(y, op.Mul(z, op.Sigmoid(z))), perm=[1, 0, 2])
     # Values of their own, whose shapes the exporter sets
     return out, op.Identity(out), op.Identity(out)
 
 
-def _reversed(values):
-    """Turn time round."""
-    return op.Slice(values, _ints(-1), _ints(-_END), _ints(0), _ints(-1))
+def _convolved(x, weight, bias, num_tokens: int):
+    """SiLU of the convolution of (T, B, 1, E) with earlier tokens, by the first direction, and with later ones.
 
-
-def _convolved(x, weight, bias, width: int, num_tokens: int):
-    """SiLU of the causal convolution of (T, B, E), by shifted products: faster than a `Conv` of single channels."""
-    padded = op.Pad(x, _ints(width - 1, 0, 0, 0, 0, 0))
-    y = bias
-    for tap in range(width):
-        factors = op.Gather(weight, op.Constant(value_int=tap), axis=1)
-        y = op.Add(y, op.Mul(_slice(padded, tap, tap + num_tokens, 0), factors))
-    return op.Mul(y, op.Sigmoid(y))
+    By shifted products, which are faster than a `Conv` of single channels.
+    """
+    width = weight.shape[2]
+    padded = op.Pad(x, _ints(width - 1, 0, 0, 0, width - 1, 0, 0, 0))
+    found = []
+    for direction, step in enumerate((-1, 1)):
+        y = op.Gather(bias, op.Constant(value_int=direction), axis=0)
+        for distance in range(width):
+            first = width - 1 + step * distance
+            shifted = _slice(padded, first, first + num_tokens, 0) if distance else x
+            tap = op.Gather(weight, op.Constant(value_int=width - 1 - distance), axis=2)
+            y = op.Add(y, op.Mul(shifted, op.Gather(tap, op.Constant(value_int=direction), axis=0)))
+        found.append(op.Mul(y, op.Sigmoid(y)))
+    return found
 
 
 def _chosen(x, x_proj, rank: int, state_size: int):
-    """Low-rank dt (T, B, R), B and C (T, B, N)."""
-    chosen = op.MatMul(x, op.Transpose(x_proj, perm=[1, 0]))
+    """Low-rank dt (T, B, 1, R), B and half of C (T, B, 1, N)."""
+    halves = op.Constant(value_floats=[1.0] * (rank + state_size) + [0.5] * state_size)
+    chosen = op.MatMul(x, op.Mul(op.Transpose(x_proj, perm=[1, 0]), halves))
     return (
-        _slice(chosen, 0, rank, 2),
-        _slice(chosen, rank, rank + state_size, 2),
-        _slice(chosen, rank + state_size, _END, 2),
+        _slice(chosen, 0, rank, 3),
+        _slice(chosen, rank, rank + state_size, 3),
+        _slice(chosen, rank + state_size, _END, 3),
     )
 
 
 def _softplus(x):
     """log(1 + exp(x)), with an absolute error of 6e-8: ONNX Runtime's `Softplus` computes one value at a time."""
-    positive = op.Max(x, 0.0)
-    return op.Add(positive, op.Log(op.Add(op.Exp(op.Neg(op.Abs(x))), 1.0)))
+    # In float32 it is x from 20 on, where exp need not grow further
+    return op.Max(x, op.Log(op.Add(op.Exp(op.Min(x, 20.0)), 1.0)))
 
 
 # onnxscript reads the source of this function and never runs it.
 @script(Opset("fambav", 1))
-def recurrence(steps: FLOAT, drives: FLOAT, inputs: FLOAT, outputs: FLOAT, rates: FLOAT) -> FLOAT:
-    """C_t h_t (T,B,1,E), with h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t.
+def recurrences(
+    steps: FLOAT,
+    drives: FLOAT,
+    inputs: FLOAT,
+    outputs: FLOAT,
+    steps_back: FLOAT,
+    drives_back: FLOAT,
+    inputs_back: FLOAT,
+    outputs_back: FLOAT,
+    rates: FLOAT,
+    rates_back: FLOAT,
+) -> tuple[FLOAT, FLOAT]:
+    """C_t h_t (T,B,1,E), with h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, and the same from the last token on.
 
-    Arguments are delta and delta x (T,B,1,E), B (T,B,N,1), C (T,B,1,N) and A (N,E). A loop that the runtime runs: only
-    one step of decays and states exists at a time, which stays in the cache. Channels come last, so that every
-    operation runs over E contiguous values.
+    Arguments of a direction are delta and delta x (T,B,1,E), B (T,B,N,1), C (T,B,1,N) and A (N,E). A loop that the
+    runtime runs: only one step of decays and states exists at a time, which stays in the cache. Channels come last, so
+    that every operation runs over E contiguous values. B x is a product of matrices because ONNX Runtime computes that
+    with wider vectors than `Mul`. One loop for both directions, because each step takes time to start.
     """
     state_shape = op.Concat(op.Shape(inputs, start=1, end=3), op.Shape(rates, start=1, end=2), axis=0)
     first_state = op.Expand(op.Constant(value_float=0.0), state_shape)  # (B,N,E)
 
     @graph()
-    def advance(state: FLOAT[...], step: FLOAT[...], drive: FLOAT[...], input: FLOAT[...], output: FLOAT[...]):
-        next_state = op.Exp(step * rates) * state + drive * input
+    def advance(
+        state: FLOAT[...],
+        state_back: FLOAT[...],
+        step: FLOAT[...],
+        drive: FLOAT[...],
+        input: FLOAT[...],
+        output: FLOAT[...],
+        step_back: FLOAT[...],
+        drive_back: FLOAT[...],
+        input_back: FLOAT[...],
+        output_back: FLOAT[...],
+    ):
+        next_state = op.Exp(step * rates) * state + op.MatMul(input, drive)
         y = op.MatMul(output, next_state)
-        return next_state, y
+        next_state_back = op.Exp(step_back * rates_back) * state_back + op.MatMul(input_back, drive_back)
+        y_back = op.MatMul(output_back, next_state_back)
+        return next_state, next_state_back, y, y_back
 
-    _last_state, y = op.Scan(first_state, steps, drives, inputs, outputs, body=advance, num_scan_inputs=4)
-    return y
+    _last, _last_back, y, y_back = op.Scan(
+        first_state,
+        first_state,
+        steps,
+        drives,
+        inputs,
+        outputs,
+        steps_back,
+        drives_back,
+        inputs_back,
+        outputs_back,
+        body=advance,
+        num_scan_inputs=8,
+        scan_input_directions=[0, 0, 0, 0, 1, 1, 1, 1],
+        scan_output_directions=[0, 1],
+    )
+    return y, y_back
