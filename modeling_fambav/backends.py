@@ -36,8 +36,12 @@ _BACKENDS = {
 # Backends with kernels of ours for the whole mixer; the others are functions of their own.
 HAS_KERNELS = ("numba", "triton")
 # Steps between the states that the forward pass keeps for the backward pass. What the latter computes of a chunk again
-# fits a CPU's second-level cache, and on a GPU that of all chunks that are worked on at a time: 33 MiB on an H100.
-CHUNK_STEPS = {"numba": 64, "triton": 32}
+# fits a CPU's second-level cache (0.6 MB for 16 states), and on a GPU that of all chunks that are worked on at a time:
+# 33 MiB on an H100. On a CPU they are a few more than 64, so that the class token beside 64 or 196 patches has no chunk
+# to itself.
+CHUNK_STEPS = {"numba": 72, "triton": 32}
+# The first chunk whose states are kept: those of chunk 0 are zeros, which Triton's kernels read like all others.
+_FIRST_KEPT_CHUNK = {"numba": 1, "triton": 0}
 # Channels of the kept states come in whole blocks.
 VECTOR_CHANNELS = {"numba": 64, "triton": 1}
 
@@ -59,12 +63,12 @@ class _Problem(NamedTuple):
 
 
 def states_shape(backend: str, x: Tensor, A: Tensor, keep_states: bool) -> tuple[int, int]:
-    """Shape of the states that the scan of a backend keeps, (G * B * chunks * N, channels); no row if none are.
+    """Shape of the states that the scan of a backend keeps, (G * B * kept chunks * N, channels); no row if none are.
 
     Known without the kernels: a model can be traced where numba cannot be imported.
     """
     num_directions, batch_size, num_tokens, channels = x.shape
-    num_chunks = -(-num_tokens // CHUNK_STEPS[backend]) if keep_states else 0
+    num_chunks = -(-num_tokens // CHUNK_STEPS[backend]) - _FIRST_KEPT_CHUNK[backend] if keep_states else 0
     lanes = VECTOR_CHANNELS[backend]
     return num_directions * batch_size * num_chunks * A.shape[-1], -(-channels // lanes) * lanes
 

@@ -161,10 +161,7 @@ class Operand(NamedTuple):
 def buffer(name: str, num_rows: int, num_columns: int, dtype: torch.dtype = torch.float32, fill=None) -> Operand:
     """A tensor for a kernel to write to, whatever torch's default dtype and device are: new, or a `temporary` one."""
     shape = (num_rows, num_columns)
-    if fill is None:
-        tensor = temporary(shape, dtype, "cpu")
-    else:
-        tensor = torch.full(shape, fill, dtype=dtype, device="cpu")
+    tensor = temporary(shape, dtype, "cpu") if fill is None else torch.full(shape, fill, dtype=dtype, device="cpu")
     return Operand(name, tensor, num_rows, num_columns, (dtype,))
 
 

@@ -9,8 +9,8 @@ nothing is flipped, transposed or copied. Names are those of `selective_scan.py`
     A is (G*N, E) and multiplied by log2(e), so that the decay is exp2(delta * A)
     i counts steps of a scan, t = i or T - 1 - i is the position in the sequence
 
-The forward pass keeps the states at the start of every chunk of time; the backward pass computes those in between
-again, one chunk at a time.
+The forward pass keeps the states at the start of every chunk of time but the first, where they are zeros; the backward
+pass computes those in between again, one chunk at a time.
 
 Rows that will be read or written are prefetched a few steps ahead. The loops are in numba_scan_loops.py; a block of
 channels is a few vectors of WIDE lanes, see numba_vectors.py.
@@ -35,6 +35,7 @@ from .numba_jobs import (
     Operand,
     buffer,
     float_rows,
+    inlined,
     keep,
     kernel,
     next_task,
@@ -57,6 +58,12 @@ from .numba_scan_loops import (
 from .numba_vectors import LANES
 
 _CHUNK = CHUNK_STEPS["numba"]
+
+
+@inlined
+def _kept_row(g, b, chunk, batch_size, num_chunks, state_size):
+    """First row of the states at the start of a chunk, which is not the first one."""
+    return ((g * batch_size + b) * (num_chunks - 1) + chunk - 1) * state_size
 
 
 @kernel
@@ -83,8 +90,8 @@ def _scan_forward(address):
             for chunk in range(num_chunks):
                 first = chunk * _CHUNK
                 steps = min(_CHUNK, num_tokens - first)
-                if states[0] != 0:
-                    kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
+                if states[0] != 0 and chunk > 0:
+                    kept = _kept_row(g, b, chunk, batch_size, num_chunks, state_size)
                     copy_rows(states, kept, start, h, 0, 0, state_size)
                 prepare_forward(x, dt, D, dt_bias, dt_scale, g, b, shape, start, first, steps, deltas, drives, sums)
                 scan_chunk(A, B, C, g, b, shape, start, first, steps, deltas, drives, h, sums)
@@ -142,11 +149,15 @@ def _scan_backward(address):
             for chunk in range(num_chunks - 1, -1, -1):
                 first = chunk * _CHUNK
                 steps = min(_CHUNK, num_tokens - first)
-                kept = ((g * batch_size + b) * num_chunks + chunk) * state_size
-                for n in range(state_size):
-                    fetch_block(states, kept + n, start)
+                kept = _kept_row(g, b, chunk, batch_size, num_chunks, state_size)
+                if chunk > 0:
+                    for n in range(state_size):
+                        fetch_block(states, kept + n, start)
                 prepare_backward(x, dt, D, dt_bias, dt_scale, g, b, shape, start, first, steps, deltas, slopes, xs, ys)
-                copy_rows(h, 0, 0, states, kept, start, state_size)
+                if chunk > 0:
+                    copy_rows(h, 0, 0, states, kept, start, state_size)
+                else:
+                    h_array[:state_size] = 0.0
                 scan_chunk_again(
                     A, B, C, dC, g, b, shape, start, first, steps, partial, deltas, xs, dys, ys, decays, h, lanes
                 )
@@ -205,8 +216,8 @@ def scan_forward(
     """`selective_scan` without gradients.
 
     Returns:
-        the output `(B, T, E)`, and the float32 states at the start of every chunk, which `scan_backward` needs; empty
-        unless `keep_states`.
+        the output `(B, T, E)`, and the float32 states at the start of every chunk but the first, which `scan_backward`
+        needs; empty unless `keep_states`.
     """
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     _, batch_size, num_tokens, channels, _ = shape

@@ -19,6 +19,7 @@ from .backends import HAS_KERNELS, provides, selective_scan_backend, states_shap
 from .causal_conv1d import conv_kernels, conv_on
 from .operators import define
 from .selective_scan import scan_kernels, scan_on
+from .workspace import temporaries, temporary
 
 
 @provides("mamba-ssm")
@@ -94,6 +95,13 @@ def _split(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor
     return low_rank_dt, B.unflatten(1, x.shape[1:3]), C.unflatten(1, x.shape[1:3])
 
 
+def _time_steps(low_rank_dt: Tensor, dt_proj: Tensor, x: Tensor) -> Tensor:
+    """dt (G, B, T, E) before bias and softplus, a temporary tensor."""
+    dt = temporary(tuple(x.shape), x.dtype, x.device)
+    torch.bmm(low_rank_dt, dt_proj.mT, out=dt.flatten(1, 2))
+    return dt
+
+
 def _compute(
     xz: Tensor,
     conv_weight: Tensor,
@@ -109,10 +117,11 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, `chosen`, and the states that the backward pass starts from (empty unless `keep_states`)."""
     x, z = xz.chunk(2, dim=-1)
-    x = conv_kernels(backend).forward(x, conv_weight, conv_bias)
-    chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
-    low_rank_dt, B, C = _split(chosen, x, A)
-    dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
+    with temporaries():
+        x = conv_kernels(backend).forward(x, conv_weight, conv_bias)
+        chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
+        low_rank_dt, B, C = _split(chosen, x, A)
+        dt = _time_steps(low_rank_dt, dt_proj, x)
     out, states = scan_kernels(backend).forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
     return out, chosen, states
 
@@ -147,24 +156,25 @@ def _compute_backward(
     conv = conv_kernels(backend)
     inputs = (xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     conv_input, z = xz.chunk(2, dim=-1)
-    x = conv.forward(conv_input, conv_weight, conv_bias)
-    low_rank_dt, B, C = _split(chosen, x, A)
-    dt = torch.bmm(low_rank_dt, dt_proj.mT).view(x.shape)
-    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = scan_kernels(backend).backward(
-        dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states
-    )
-    del dt
-    ddt = ddt.flatten(1, 2).to(xz.dtype)
-    # Products of few rows are faster on a CPU than those of few columns
-    dlow_rank_dt = torch.bmm(dt_proj.mT, ddt.mT).mT
-    dchosen = torch.cat((dlow_rank_dt, dB.flatten(1, 2).to(xz.dtype), dC.flatten(1, 2).to(xz.dtype)), -1)
-    ddt_proj = torch.bmm(low_rank_dt.mT, ddt).mT
-    del ddt
-    dx_proj = torch.bmm(dchosen.mT, x.flatten(1, 2))
-    dx = dx.to(xz.dtype)
-    dx.flatten(1, 2).baddbmm_(dchosen, x_proj)
-    dconv_input, dconv_weight, dconv_bias = conv.backward(dx, conv_input, conv_weight, conv_bias)
-    dxz = torch.cat((dconv_input.to(xz.dtype), dz.to(xz.dtype)), dim=-1)
+    with temporaries():
+        x = conv.forward(conv_input, conv_weight, conv_bias)
+        low_rank_dt, B, C = _split(chosen, x, A)
+        dt = _time_steps(low_rank_dt, dt_proj, x)
+        dx, ddt, dA, dB, dC, dD, dz, ddt_bias = scan_kernels(backend).backward(
+            dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states
+        )
+        del dt
+        ddt = ddt.flatten(1, 2).to(xz.dtype)
+        # Products of few rows are faster on a CPU than those of few columns
+        dlow_rank_dt = torch.bmm(dt_proj.mT, ddt.mT).mT
+        dchosen = torch.cat((dlow_rank_dt, dB.flatten(1, 2).to(xz.dtype), dC.flatten(1, 2).to(xz.dtype)), -1)
+        ddt_proj = torch.bmm(low_rank_dt.mT, ddt).mT
+        del ddt
+        dx_proj = torch.bmm(dchosen.mT, x.flatten(1, 2))
+        dx = dx.to(xz.dtype)
+        dx.flatten(1, 2).baddbmm_(dchosen, x_proj)
+        dconv_input, dconv_weight, dconv_bias = conv.backward(dx, conv_input, conv_weight, conv_bias)
+        dxz = torch.cat((dconv_input.to(xz.dtype), dz.to(xz.dtype)), dim=-1)
     gradients = (dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD)
     return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs)]
 

@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from .numba_vectors import carray, cfunc, fetch_add, intrinsic, njit, types
 from .operators import digest_of
+from .workspace import temporary
 
 logger = logging.get_logger(__name__)
 
@@ -158,12 +159,9 @@ class Operand(NamedTuple):
 
 
 def buffer(name: str, num_rows: int, num_columns: int, dtype: torch.dtype = torch.float32, fill=None) -> Operand:
-    """A new tensor for a kernel to write to, whatever torch's default dtype and device are."""
+    """A tensor for a kernel to write to, whatever torch's default dtype and device are: new, or a `temporary` one."""
     shape = (num_rows, num_columns)
-    if fill is None:
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    else:
-        tensor = torch.full(shape, fill, dtype=dtype, device="cpu")
+    tensor = temporary(shape, dtype, "cpu") if fill is None else torch.full(shape, fill, dtype=dtype, device="cpu")
     return Operand(name, tensor, num_rows, num_columns, (dtype,))
 
 

@@ -37,6 +37,7 @@ _SOURCES = (
     "token_fusion_numba",
     "token_fusion_triton",
     "triton_launch",
+    "workspace",
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import modeling_fambav.selective_scan as scan_module
 from modeling_fambav import set_selective_scan_backend
 from modeling_fambav.causal_conv1d import causal_conv1d
-from modeling_fambav.selective_scan import selective_scan, selective_scan_reference
+from modeling_fambav.selective_scan import scan_kernels, selective_scan, selective_scan_reference
 from modeling_fambav.selective_scan_torch import recurrence
 from support.helpers import (
     assert_results_close,
@@ -68,16 +68,17 @@ def test_golden_reference():
 
 
 # (directions, batch, tokens, channels, state): around the kernels' blocks of 16 and 64 channels, and chunks of 32 and
-# 64 tokens.
+# 72 tokens.
 SHAPES = [
     (1, 1, 1, 16, 1),
     (2, 3, 1, 33, 16),
     (2, 1, 2, 16, 4),
     (1, 3, 13, 33, 4),
     (2, 3, 13, 192, 16),
-    (1, 3, 65, 64, 1),
+    (1, 3, 73, 64, 1),
     (2, 1, 65, 33, 16),
-    (2, 1, 128, 80, 4),
+    (2, 1, 73, 33, 16),
+    (2, 1, 144, 80, 4),
     (2, 1, 197, 192, 16),
     (1, 1, 1024, 33, 4),
     (2, 1, 1024, 16, 1),
@@ -196,6 +197,13 @@ def test_dt_scale_multiplies_the_time_step_and_gets_no_gradient(backend):
 
 
 # ---- a fused token with its time step scaled, against the tokens that it stands for ----
+
+
+@pytest.mark.parametrize(("num_tokens", "num_kept"), [(1, 0), (72, 0), (73, 1), (144, 1), (197, 2)])
+def test_the_cpu_keeps_states_of_all_chunks_but_the_first(num_tokens, num_kept):
+    inputs = scan_inputs(2, 3, num_tokens, 64, 4)
+    states = scan_kernels("numba").forward(**inputs, keep_states=True)[1]
+    assert states.shape == (2 * 3 * num_kept * 4, 64)
 
 
 def last_states(time_step: float, copies: int, input_size: float = 1.0) -> dict[str, Tensor]:
