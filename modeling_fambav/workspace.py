@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 4096  # bytes, a page, so that no two threads write to the same one
+_CACHE_LINE = 64  # bytes
+# Between two tensors, so that those of whole pages do not all begin at the same place of a page, and of a cache
+_GAP = 9 * _CACHE_LINE
 
 
 class _Workspace(threading.local):
@@ -55,7 +57,7 @@ def temporary(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device |
     if not space.is_open or torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     first, num_bytes = space.taken, math.prod(shape) * dtype.itemsize
-    space.taken = first + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    space.taken = first + -(-num_bytes // _CACHE_LINE) * _CACHE_LINE + _GAP
     space.largest = max(space.largest, space.taken)
     if space.memory is None or space.taken > space.memory.numel():
         return torch.empty(shape, dtype=dtype, device=device)  # the next use has room for it
