@@ -36,9 +36,9 @@ _BACKENDS = {
 # Backends with kernels of ours for the whole mixer; the others are functions of their own.
 HAS_KERNELS = ("numba", "triton")
 # Steps between the states that the forward pass keeps for the backward pass. What the latter computes of a chunk again
-# fits a CPU's second-level cache (0.6 MB for 16 states), and on a GPU that of all chunks that are worked on at a time:
-# 33 MiB on an H100. On a CPU they are a few more than 64, so that the class token beside 64 or 196 patches has no chunk
-# to itself.
+# fits a CPU's second-level cache (0.6 MB for 16 states), and on a GPU that of all chunks that are worked on at a time
+# (33 MiB on an H100). On a CPU they are a few more than 64, so that the class token beside 64 or 196 patches has no
+# chunk to itself.
 CHUNK_STEPS = {"numba": 72, "triton": 32}
 # The first chunk whose states are kept: those of chunk 0 are zeros, which Triton's kernels read like all others.
 _FIRST_KEPT_CHUNK = {"numba": 1, "triton": 0}
