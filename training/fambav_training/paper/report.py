@@ -97,7 +97,7 @@ def _savings(record: dict[str, Any], none: dict[str, Any], time_measure: str) ->
     if record["paper"] is not None:
         for name, measure in (("paper_time", "train_seconds"), ("paper_memory", "peak_memory")):
             savings[name] = saved(record["paper"][measure], none["paper"][measure])
-    # Seed by seed: machines differ, and the runs of a seed are rarely spread over several
+    # Seed by seed: another seed may have run on another machine, whose speed must not count as a saving
     ours, reference = _finished(record), _finished(none)
     if pairs := [(ours[seed], reference[seed]) for seed in ours if seed in reference]:
         savings["time"] = statistics.mean(saved(mine[time_measure], its[time_measure]) for mine, its in pairs)
@@ -140,8 +140,8 @@ def markdown(title: str, report: dict[str, Any]) -> str:
         "training process took of the cores, whatever else they did meanwhile.\n",
         markdown_table([_result_row(record) for record in records]),
         f"\n### Saved of the {time} and memory without fusion\n",
-        "Means over the seeds that both have, each compared with the same seed without fusion. The limit for the time "
-        "is the share of the multiply-adds that are not computed.\n",
+        "Each run is compared with the one of the same seed without fusion; means over the seeds that have both. The "
+        "limit for the time is the share of the multiply-adds that are not computed.\n",
         markdown_table([_savings_row(record) for record in records]),
         "\n### Tokens per layer\n",
         markdown_table([_tokens_row(record) for record in records]),
