@@ -1,4 +1,4 @@
-"""A small run with everything random in it, its checkpoints, and whether two of it are the same."""
+"""A small run with everything random in it, its checkpoints, and whether two runs are the same."""
 
 import json
 import shutil
