@@ -399,3 +399,12 @@ def test_scripts_in_commands_exist(page):
 
 def test_the_first_page_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_a_space_needs_what_the_scripts_need():
+    """The requirements.txt of the page on a Space has the bounds of pyproject.toml."""
+    page = (REPOSITORY / "training" / "README.md").read_text(encoding="utf-8")
+    wanted = re.search(r"`requirements.txt`.*?```\n(.*?)```", page, re.DOTALL)
+    assert wanted is not None
+    bounds = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    assert [line for line in wanted[1].split() if f'"{line}"' not in bounds] == []
