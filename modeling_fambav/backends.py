@@ -36,9 +36,9 @@ _BACKENDS = {
 # Backends with kernels of ours for the whole mixer; the others are functions of their own.
 HAS_KERNELS = ("numba", "triton")
 # Steps between the states that the forward pass keeps for the backward pass. The states that the latter computes again
-# fit the second-level cache: on a CPU those of one chunk (0.6 MB for 16 states), on a GPU those of all programs that run
-# at a time (33 MiB on an H100). Triton takes steps in pairs, so its number is even; a CPU's is a few more than 64, so
-# that the class token beside 64 or 196 patches has no chunk to itself.
+# fit the second-level cache: on a CPU those of one chunk (0.6 MB for 16 states), on a GPU those of all programs that
+# run at a time (33 MiB on an H100). Triton takes steps in pairs, so its number is even; a CPU's is a few more than 64,
+# so that the class token beside 64 or 196 patches has no chunk to itself.
 CHUNK_STEPS = {"numba": 72, "triton": 32}
 # The first chunk whose states are kept: those of chunk 0 are zeros, which Triton's kernels read like all others.
 _FIRST_KEPT_CHUNK = {"numba": 1, "triton": 0}
