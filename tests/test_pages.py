@@ -344,6 +344,8 @@ def test_the_headline_is_what_was_measured():
         large[f"Famba-V-Ti {name}"]["step_seconds"] / large["DeiT-Ti"]["step_seconds"] for name in ("upper", "none")
     )
     assert f"a training step of Vim-Ti takes {1 - upper / none:.0%} less time".replace("%", " %") in text
+    memory = [records[f"Famba-V-Ti {name}"]["step_peak_bytes"] for name in ("upper", "none")]
+    assert 0.28 < 1 - memory[0] / memory[1] < 0.38 and "and about a third less memory with fusion" in text
     assert f"It is then {upper / records['DeiT-Ti']['step_seconds']:.2f} times as long as one of DeiT-Ti" in text
     at_1024_px = f"at 1024 px a fused step takes {fused:.2f} times as long as one of DeiT-Ti"
     assert f"{at_1024_px} ({unfused:.2f} without fusion)" in text
