@@ -8,23 +8,27 @@ from typing import Any
 from fambav_training.run.checkpointing import find_checkpoint, list_checkpoints, write_state
 from support.training_runs import FLAGS, read_metrics, read_results, without_time
 
-NUM_STEPS = 10
-# Everything that is random is on. Ten batches per epoch make four steps, the last one of a single batch.
-RUN = {
+# The smallest model that does all that a run can resume wrongly, on images that are drawn at random
+TINY = {
     **FLAGS,
-    "max_train_samples": 100,
-    "max_eval_samples": 60,
-    "max_train_steps": NUM_STEPS,
-    "per_device_train_batch_size": 10,
-    "gradient_accumulation_steps": 3,
     "patch_size": 4,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "fusion_tokens": 1,
     "drop_path_rate": 0.1,
     "random_crop_padding": 1,
-    "horizontal_flip_prob": 0.5,
     "mixup_alpha": 0.8,
+}
+NUM_STEPS = 10
+# Everything that is random is on. Ten batches per epoch make four steps, the last one of a single batch.
+RUN = {
+    **TINY,
+    "max_train_samples": 100,
+    "max_eval_samples": 60,
+    "max_train_steps": NUM_STEPS,
+    "per_device_train_batch_size": 10,
+    "gradient_accumulation_steps": 3,
+    "horizontal_flip_prob": 0.5,
     "cutmix_alpha": 1,
     "random_erasing_prob": 0.25,
     "logging_steps": 2,  # at odd steps there are losses that no line of the log has yet
