@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import store_teacher_views
+from fambav_training.data import crops as crops_module
 from fambav_training.data.crops import Crops, draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize
@@ -56,6 +57,16 @@ def test_crops_are_windows_of_the_padded_image():
             expected = padded[top : top + 4, left : left + 5]
             expected = expected[:, ::-1] if crops.flip[index] else expected
             np.testing.assert_array_equal(views[index, channel].numpy(), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (3, 1, 6, 10)], ids=str)
+def test_crops_gathered_at_once_are_those_copied_one_by_one(shape, monkeypatch):
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    crops = draw_crops(shape[0], padding=2, flip_prob=0.5, generator=torch.Generator().manual_seed(1))
+    fill = torch.arange(shape[1], dtype=torch.uint8)
+    copied = take_crops(pixels, crops, 2, fill)
+    monkeypatch.setattr(crops_module, "_copy_crops", crops_module._gather_crops)
+    assert crops.flip.any() and torch.equal(take_crops(pixels, crops, 2, fill), copied)
 
 
 def test_random_crops_reach_every_place():
@@ -160,7 +171,7 @@ def test_views_are_found_by_the_pixels_in_any_order(stored):
 
 def test_every_view_is_drawn(stored):
     views = TeacherViews(stored, NAMES)
-    rows = torch.zeros(300, dtype=torch.long)
+    rows = np.zeros(300, dtype=np.int64)
     _, logits = views.draw(torch.zeros(300, 3, 8, 8, dtype=torch.uint8), rows)
     counts = torch.unique(logits, dim=0, return_counts=True)[1]
     assert len(counts) == 3 and counts.min() > 60

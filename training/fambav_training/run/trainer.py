@@ -204,7 +204,7 @@ class Trainer:
         position = self.position
         position.peak_memory_bytes = max(position.peak_memory_bytes, peak_memory_bytes(self.accelerator.device))
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, ...]]:
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor | np.ndarray, ...]]:
         """Batches of this epoch behind those that were already trained on."""
         self.model.train()
         loader = self.train_loader
@@ -221,7 +221,7 @@ class Trainer:
         yield from loader
 
     def _train_batch(
-        self, pixels: Tensor, labels: Tensor, interruption: Interruption, rows: Tensor | None = None
+        self, pixels: Tensor, labels: Tensor, interruption: Interruption, rows: np.ndarray | None = None
     ) -> bool:
         """Add a batch to the gradient; `rows` are those of the teacher's stored views, if there are any.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fambav_training.data.crops import Crops, take_crops
 from fambav_training.files import atomic_file
+from fambav_training.machine.transfer import to_device
 
 MANIFEST = "teacher_views.json"
 _FORMAT = 1
@@ -195,8 +196,10 @@ class TeacherViews:
         self._classes = torch.tensor([known[name] for name in label_names])
         self._fill = torch.tensor(manifest.fill, dtype=torch.uint8)
 
-    def rows(self, pixels: Tensor) -> Tensor:
+    def rows(self, pixels: Tensor) -> np.ndarray:
         """Row `(B,)` of each of the uint8 images `(B, C, H, W)`, for `draw`.
+
+        No tensor: they are looked up on the host, and whatever moves a batch to a device moves its tensors.
 
         Raises:
             TeacherViewsError: if one of them was not stored.
@@ -215,9 +218,9 @@ class TeacherViews:
                 f"{self._folder}: holds no views of {len(unknown)} of {len(digests)} images; expected all training "
                 f"images, it was made of split {manifest.split!r} of {manifest.dataset}"
             )
-        return torch.from_numpy(rows)
+        return rows
 
-    def draw(self, pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, pixels: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """A random one of the views of each image, by torch's generator of the CPU.
 
         Args:
@@ -228,11 +231,10 @@ class TeacherViews:
             the views, `(B, C, H, W)` uint8, and the teacher's logits `(B, classes)` of them in float32, both where
             `pixels` are.
         """
-        rows = rows.cpu()
-        chosen = rows, torch.randint(self.manifest.views, rows.shape)
+        chosen = torch.from_numpy(rows), torch.randint(self.manifest.views, rows.shape)
         crops = Crops(*(values[chosen] for values in self._crops))
         views = take_crops(pixels, crops, self.manifest.padding, self._fill)
-        return views, self._logits[chosen][:, self._classes].float().to(pixels.device)
+        return views, to_device(self._logits[chosen][:, self._classes].float(), pixels.device)
 
     def fingerprint(self) -> str:
         """SHA-256 of what is stored: a folder of the same name may hold other views when a run is resumed."""
@@ -251,7 +253,7 @@ class ImagesWithRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, np.ndarray]:
         """A whole batch at once."""
         pixels, labels = self._images.__getitems__(indices)
         return pixels, labels, self._views.rows(pixels)
