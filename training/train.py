@@ -26,6 +26,7 @@ from fambav_training.release.run_plot import plot_run
 from fambav_training.release.saving import check_output_folder, release_files, save_release
 from fambav_training.run.arguments import TrainingArguments, recipe_of
 from fambav_training.run.checkpointing import find_checkpoint
+from fambav_training.run.cuda_graphs import check_cuda_graphs
 from fambav_training.run.distillation import Teacher
 from fambav_training.run.interruption import Interrupted, Interruption
 from fambav_training.run.loaders import create_loaders
@@ -58,6 +59,7 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     check_trackers(args)
     check_teacher(args)
     accelerator = create_accelerator(args)
+    check_cuda_graphs(args, accelerator)
     recipe = {**recipe_of(args, overrides), "mixed_precision": accelerator.mixed_precision}
     checkpoint = None
     if args.resume_from_checkpoint is not None:
@@ -87,6 +89,8 @@ def run(args: TrainingArguments, overrides: dict[str, Any]) -> dict[str, Any]:
     trainer.compile_kernels()
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    if args.cuda_graphs:
+        trainer.record_passes()
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()

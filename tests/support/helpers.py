@@ -171,8 +171,8 @@ def scan_inputs(
 
 
 def gradient_of(out: Tensor) -> Tensor:
-    """A fixed gradient, the same numbers in every dtype."""
-    return random_tensor(*out.shape, seed=0, dtype=torch.bfloat16).to(out.dtype)
+    """A fixed gradient, the same numbers in every dtype, on its device."""
+    return random_tensor(*out.shape, seed=0, dtype=torch.bfloat16).to(out)
 
 
 def scan_with_gradients(function, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:

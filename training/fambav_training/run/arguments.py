@@ -111,6 +111,7 @@ class TrainingArguments:
     # engine
     mixed_precision: str | None = _flag(None, "no, fp16 or bf16; accelerate's own setting if not given")
     cpu: bool = _flag(False, "train on the CPU even if there is an accelerator")
+    cuda_graphs: bool = _flag(False, "on a GPU, record a step's passes and replay them: faster for small models")
     nonfinite_loss: str = _flag("stop", "at a loss that is NaN or infinite: stop, or skip the step and count it")
     # what is kept
     output_dir: Path = _flag(Path("outputs/run"), "folder for the trained model and its results")
@@ -201,6 +202,7 @@ _FREE = {
     "max_corrupt_images",
     "nonfinite_loss",
     "cpu",
+    "cuda_graphs",
     "release_weights",
     "release_dtype",
     "logging_steps",

@@ -42,6 +42,7 @@ from fambav_training.run.checkpointing import (
     read_state,
     save_checkpoint,
 )
+from fambav_training.run.cuda_graphs import record
 from fambav_training.run.distillation import Teacher, distillation_loss
 from fambav_training.run.interruption import Interrupted, Interruption
 from fambav_training.run.log import MetricsLog
@@ -130,6 +131,17 @@ class Trainer:
             if isinstance(self.teacher, Teacher):
                 self.teacher(pixel_values)
         self.optimizer.zero_grad()
+
+    def record_passes(self) -> None:
+        """Record both passes of a step as CUDA graphs, which all further steps replay."""
+        batch_size = self.args.per_device_train_batch_size
+        self._logits = record(
+            self.model, batch_size, self.accelerator.unwrap_model(self.model).config.image_height_width
+        )
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return self.model(pixel_values=images).logits
 
     # ---- the loop ----
 
@@ -235,8 +247,7 @@ class Trainer:
             if rows is not None:
                 pixels, teacher_logits = self.teacher.draw(pixels, rows)
             images, targets = self.augment(normalize(pixels, self.processor), labels)
-            with accelerator.autocast():
-                logits = self.model(pixel_values=images).logits
+            logits = self._logits(images)
             loss = mixed_cross_entropy(logits.float(), targets, args.label_smoothing)
             if self.teacher is not None:
                 if teacher_logits is None:

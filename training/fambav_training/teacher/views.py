@@ -23,6 +23,7 @@ from datasets import Features, List, Value
 from torch import Tensor
 
 from fambav_training.data.crops import Crops, take_crops
+from fambav_training.data.pixels import CachedImages
 from fambav_training.files import atomic_file
 from fambav_training.machine.transfer import to_device
 
@@ -248,7 +249,13 @@ class ImagesWithRows(torch.utils.data.Dataset):
     """Training images with the rows of their stored views: an item is `(pixels, label, row)`."""
 
     def __init__(self, images: torch.utils.data.Dataset, views: TeacherViews):
+        """Images that are kept in memory are looked for at once.
+
+        Raises:
+            TeacherViewsError: if one of them was not stored.
+        """
         self._images, self._views = images, views
+        self._rows = views.rows(images.pixels) if isinstance(images, CachedImages) else None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -256,7 +263,7 @@ class ImagesWithRows(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, np.ndarray]:
         """A whole batch at once."""
         pixels, labels = self._images.__getitems__(indices)
-        return pixels, labels, self._views.rows(pixels)
+        return pixels, labels, self._views.rows(pixels) if self._rows is None else self._rows[indices]
 
 
 def _read_file(folder: Path, manifest: Manifest, index: int) -> tuple[np.ndarray, ...]:
