@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from transformers import get_scheduler
 
+from fambav_training.run.muon import BatchedMuon
 from modeling_fambav import FambaVPreTrainedModel
 
 # The matrices that map tokens to tokens, nearly all of the weights
@@ -24,18 +25,14 @@ OPTIMIZERS = ("adamw", "muon")
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for some parameters and AdamW for the others, as one optimizer with the groups of both.
 
-    Muon orthogonalises the update of a matrix (Jordan et al., 2024, kellerjordan.github.io/posts/muon). Its step is
-    scaled to the size of AdamW's (Liu et al., 2025, arXiv:2502.16982), so that both take one learning rate.
-
-    As torch's fused optimizers, it divides the gradients by the attribute `grad_scale` and takes no step where
-    `found_inf` is 1, if somebody has set them; both are tensors on the device of the parameters.
+    Both take one learning rate. Both heed `grad_scale` and `found_inf`, see `BatchedMuon`.
     """
 
     _step_supports_amp_scaling = True  # by which torch's GradScaler knows
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: BatchedMuon, adamw: torch.optim.AdamW):
         self._parts = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         # The very dictionaries of the two, so that a schedule reaches them
@@ -47,18 +44,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon, adamw = self._parts
-        adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
-        adamw.step()
-        parameters = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
-        if self.grad_scale is not None:
-            torch._foreach_div_([parameter.grad for parameter in parameters], self.grad_scale)
-        if self.found_inf is None:
-            muon.step()
-        elif self.found_inf.device.type != "cpu":
-            _step_and_take_back(muon, parameters, self.found_inf != 0)
-        elif self.found_inf == 0:  # costs no wait there
-            muon.step()
+        for part in self._parts:
+            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
+            part.step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -75,20 +63,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, name in zip(self._parts, ("muon", "adamw")):
             part.load_state_dict(state_dict[name])
         self.param_groups = [group for part in self._parts for group in part.param_groups]
-
-
-@torch.no_grad()
-def _step_and_take_back(optimizer: torch.optim.Optimizer, parameters: list[Tensor], is_bad: Tensor) -> None:
-    """A step of an optimizer that cannot skip one: where `is_bad` holds, everything is put back afterwards."""
-    states = [optimizer.state[parameter] for parameter in parameters]
-    before = [parameter.clone() for parameter in parameters]
-    states_before = [{name: value.clone() for name, value in state.items()} for state in states]
-    optimizer.step()
-    for parameter, old in zip(parameters, before):
-        torch.where(is_bad, old, parameter, out=parameter)
-    for state, old in zip(states, states_before):
-        for name, value in state.items():  # one that the step has made was zero before
-            torch.where(is_bad, old.get(name, torch.zeros_like(value)), value, out=value)
 
 
 @torch.no_grad()
@@ -134,8 +108,7 @@ def create_optimizer(
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), fused=True)
     if name == "adamw":
         return adamw
-    muon = torch.optim.Muon(of_muon, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-    return MuonWithAdamW(muon, adamw)
+    return MuonWithAdamW(BatchedMuon(of_muon, learning_rate, weight_decay), adamw)
 
 
 class WeightAverage(AveragedModel):
