@@ -41,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="epochs per run instead of the scale's own")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="run only these; the others keep what they have")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of all runs")
+    parser.add_argument("--cuda_graphs", action="store_true", help="on a GPU, record and replay the steps of all runs")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="folder of all tables")
     args = parser.parse_args(argv)
     if args.backbone == "s" and args.table in ("2", "3"):
@@ -60,6 +61,8 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
         flags["dataset_name"] = args.dataset_name
     if args.epochs is not None:
         flags["num_train_epochs"] = args.epochs
+    if args.cuda_graphs:
+        flags["cuda_graphs"] = True
     return flags
 
 

@@ -125,3 +125,10 @@ def test_table_with_a_real_run_goes_on_where_it_was(tmp_path):
     # No step was taken again: the very same seconds and scores
     for name in ("steps", "train_seconds", "top1", "ema_top1"):
         assert resumed[name] == results[name]
+
+
+def test_recording_is_a_flag_of_all_runs_and_changes_none_of_them():
+    plain, recorded = (
+        reproduce.shared_flags(reproduce.parse(["--table", "1", *more])) for more in ([], ["--cuda_graphs"])
+    )
+    assert recorded == {**plain, "cuda_graphs": True} and "cuda_graphs" not in plain
