@@ -9,6 +9,7 @@ distillation: A good teacher is patient and consistent", 2022, arXiv:2106.05237)
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -237,12 +238,16 @@ class TeacherViews:
         views = take_crops(pixels, crops, self.manifest.padding, self._fill)
         return views, to_device(self._logits[chosen][:, self._classes].float(), pixels.device)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of what is stored: a folder of the same name may hold other views when a run is resumed."""
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(self._digests.tobytes())
         for values in (*self._crops, self._logits):
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is stored: a folder of the same name may hold other views when a run is resumed."""
+        return self._digest
 
 
 class ImagesWithRows(torch.utils.data.Dataset):
