@@ -193,6 +193,11 @@ def passes_of(kernel: str, case: Case, loops: int) -> list[int]:
         return [blocks * math.ceil(case.channels // 2 / 32), blocks, blocks]
     if kernel == "merge":
         return [2]  # few places receive more than two tokens
+    if kernel == "conv_backward":
+        from modeling_fambav.causal_conv1d_triton import CHUNK, STEPS
+
+        chunks = math.ceil(case.num_tokens / CHUNK)
+        return [math.ceil(case.num_tokens / (chunks * STEPS)) + 1]  # what leads up to a chunk is as long as a pass
     passes = {"scan_forward": case.num_tokens, "scan_backward": math.ceil(case.num_tokens / 2)}  # by pairs of steps
     return [passes.get(kernel, 1)] * loops
 

@@ -8,9 +8,12 @@ import torch
 from modeling_fambav import backends, set_selective_scan_backend
 from modeling_fambav.causal_conv1d import causal_conv1d
 from modeling_fambav.selective_scan import scan_kernels, selective_scan, selective_scan_reference
-from support.helpers import gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
+from support.helpers import conv_inputs, gradient_of, random_tensor, scan_inputs, scan_with_gradients, tolerance
 
 pytest.importorskip("triton")
+
+from modeling_fambav import causal_conv1d_triton
+from modeling_fambav.causal_conv1d_triton import CHUNK
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # (directions, batch, tokens, channels, state), around blocks of 16 to 64 channels and chunks of 32 tokens
@@ -97,6 +100,35 @@ def test_results_per_token_are_in_the_dtype_of_the_inputs(device):
 @pytest.mark.parametrize("num_directions, num_tokens", [(1, 1), (2, 2), (2, 21)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_convolution_equals_the_torch_backend(device, num_directions, num_tokens, kernel_size, dtype):
+    assert_convolution_is_right(device, num_directions, num_tokens, kernel_size, dtype)
+
+
+# One chunk or two and more, with borders that passes of four positions and windows of four tokens meet or miss
+@pytest.mark.parametrize("num_directions, num_tokens", [(2, CHUNK + more) for more in (-3, -1, 0, 1, 3)] + [(1, 99)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_convolution_around_the_borders_of_chunks(device, num_directions, num_tokens):
+    assert_convolution_is_right(device, num_directions, num_tokens, 4, torch.float32)
+
+
+# With chunks of eight positions every distance between the end of a chunk and that of the sequence occurs
+@pytest.mark.parametrize("num_tokens", range(5, 21))
+@pytest.mark.parametrize("kernel_size", [2, 4, 7])
+def test_convolution_in_short_chunks(monkeypatch, num_tokens, kernel_size):
+    monkeypatch.setattr(causal_conv1d_triton, "CHUNK", 8)
+    assert_convolution_is_right("cpu", 2, num_tokens, kernel_size, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_dtypes_of_the_gradients_of_the_convolution(device, dtype):
+    inputs = on(device, conv_inputs(2, 2, 9, 20, 4, dtype))
+    out = causal_conv1d_triton.conv_forward(**inputs)
+    dx, dweight, dbias = causal_conv1d_triton.conv_backward(out, **inputs)
+    assert dx.dtype == out.dtype == dtype and dweight.dtype == dbias.dtype == torch.float32
+
+
+def assert_convolution_is_right(device, num_directions, num_tokens, kernel_size, dtype):
+    """Values and gradients against plain torch in float64."""
     # A slice, as the mixer passes it: rows are further apart than they are long
     x = random_tensor(2, num_tokens, 60, seed=1, dtype=dtype).to(device)[..., :33]
     weight = random_tensor(num_directions, 33, kernel_size, seed=2).to(device)
