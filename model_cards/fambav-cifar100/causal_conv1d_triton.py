@@ -2,8 +2,8 @@
 
 One launch does all directions, tensors are channels-last, and the backward direction looks ahead instead of back. A
 program is one image, a few positions and a block of channels; everything is computed in float32, whatever the dtype of
-the inputs. Names are those of `selective_scan.py`. Sums over images and positions are left to the caller, so that no
-result depends on the order in which programs run.
+the inputs. Names are those of `selective_scan.py`. Sums over programs are left to the caller, so that no result
+depends on the order in which they run.
 """
 
 import torch
@@ -16,6 +16,11 @@ except ImportError:  # within `try`, because transformers loads no remote code w
     raise
 
 from .triton_launch import as_rows, launch
+
+_BLOCK = 64  # channels of a program
+# Of the backward pass. Longer chunks repeat less at their ends, more of them fill the chip
+CHUNK = 48  # positions of a program, at most; a multiple of STEPS
+STEPS = 4  # positions of a pass: as many as taps, after which no window has to move from register to register
 
 
 @triton.jit
@@ -52,70 +57,129 @@ def _conv_forward(
 
 
 @triton.jit
-def _conv_backward(
-    dout, x, weight, bias, dx, dweight, dbias, batch_size, num_tokens, channels, dout_row, x_row,
-    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+def _fetch(
+    x, dout, dout_ahead, p, first, end, x_row, dout_row, e, channels,
+    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients. dweight (blocks of positions * B*G*K, E) and dbias (.. * B*G, E) are per image and block.
+    """What `_move_on` to position p reads, in the dtype that it has, of an image from position first to end.
 
-    What a token gives to its K neighbours is computed again for each of them, which needs no second pass."""
+    Those are token p + K - 1, its dout of direction 0, and dout of token p of direction 1, which looks ahead. Masks
+    compare vectors, because the interpreter takes none that comes from scalars alone."""
+    newest = p + (KERNEL_SIZE - 1)
+    exists = e < tl.where((newest >= first) & (newest < end), channels, 0)
+    fetched = (tl.load(x + newest * x_row + e, exists, 0.0), tl.load(dout + newest * dout_row + e, exists, 0.0))
+    if NUM_DIRECTIONS == 2:
+        exists = e < tl.where((p >= first) & (p < end), channels, 0)
+        fetched += (tl.load(dout_ahead + p * dout_row + e, exists, 0.0),)
+    return fetched
+
+
+@triton.jit
+def _move_on(tokens, du, fetched, taps, biases, NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr):
+    """The windows of `_conv_backward` at the next position: the oldest go out, the newest come in."""
+    tokens = tokens[1:] + (fetched[0].to(tl.float32),)
+    for g in tl.static_range(NUM_DIRECTIONS):
+        u = biases[g]
+        for k in tl.static_range(KERNEL_SIZE):
+            u += taps[g * KERNEL_SIZE + k] * tokens[k]
+        s = tl.sigmoid(u)
+        du = du[1:] + (fetched[1 + g].to(tl.float32) * s * (1.0 + u * (1.0 - s)),)
+    return tokens, du
+
+
+@triton.jit
+def _conv_backward(
+    dout, x, weight, bias, dx, sums, batch_size, num_tokens, channels, dout_row, x_row,
+    NUM_DIRECTIONS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients. sums (B * chunks of an image, G, K + 1, E) has those of the taps, then that of the bias.
+
+    A program walks through a chunk and reads everything once, as it keeps two windows in registers: tokens p to
+    p + K - 1, and du, the gradients before the SiLU of the tokens that see token p, K of each direction in turn, the
+    oldest first. Direction 0 has come to p + K - 1 by then and direction 1 to p, so both convolve the same tokens, the
+    latter with its taps turned round. Positions count from the start of the chunk, where 32 bits are enough."""
     b = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
     e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     is_channel = e < channels
-    here = (t < num_tokens)[:, None] & is_channel[None, :]
-    x_t = tl.load(x + (b * num_tokens + t[:, None]) * x_row + e[None, :], here, 0.0).to(tl.float32)
-    dx_t = tl.zeros((POSITIONS, BLOCK), tl.float32)
+    # A pass that begins in a chunk ends in it, or behind the last token, where everything is zero
+    positions = tl.cdiv(num_tokens, tl.num_programs(1) * STEPS) * STEPS
+    before = tl.program_id(1) * positions
+    after = num_tokens - before
+    dout_ahead = dout + ((batch_size + b) * num_tokens + before) * dout_row
+    dout += (b * num_tokens + before) * dout_row
+    x += (b * num_tokens + before) * x_row
+    dx += (b * num_tokens + before) * channels
+    zero = tl.zeros((BLOCK,), tl.float32)
+    taps, biases = (), ()
     for g in tl.static_range(NUM_DIRECTIONS):
-        direction = (tl.program_id(1) * batch_size + b) * NUM_DIRECTIONS + g
+        biases += (tl.load(bias + g * channels + e, is_channel, 0.0).to(tl.float32),)
         for k in tl.static_range(KERNEL_SIZE):
-            # The token that sees this one through tap k
-            reader = t + (KERNEL_SIZE - 1 - k) if g == 0 else t - (KERNEL_SIZE - 1 - k)
-            exists = ((reader >= 0) & (reader < num_tokens))[:, None] & here
-            u = _convolved(x, weight, bias, b, reader, e, is_channel, num_tokens, channels, x_row, g, KERNEL_SIZE)
-            s = tl.sigmoid(u)
-            pointers = dout + ((g * batch_size + b) * num_tokens + reader[:, None]) * dout_row + e[None, :]
-            du = tl.load(pointers, exists, 0.0).to(tl.float32) * s * (1.0 + u * (1.0 - s))
-            w = tl.load(weight + (g * KERNEL_SIZE + k) * channels + e, is_channel, 0.0).to(tl.float32)
-            dx_t += du * w[None, :]
-            tl.store(dweight + (direction * KERNEL_SIZE + k) * channels + e, tl.sum(du * x_t, 0), is_channel)
-            if k == KERNEL_SIZE - 1:  # through the last tap a token sees itself
-                tl.store(dbias + direction * channels + e, tl.sum(du, 0), is_channel)
-    tl.store(dx + (b * num_tokens + t[:, None]) * channels + e[None, :], dx_t, here)
+            tap = g * KERNEL_SIZE + (k if g == 0 else KERNEL_SIZE - 1 - k)
+            taps += (tl.load(weight + tap * channels + e, is_channel, 0.0).to(tl.float32),)
+    tokens, du = (zero,) * KERNEL_SIZE, (zero,) * (NUM_DIRECTIONS * KERNEL_SIZE)
+    tap_sums, bias_sums = (zero,) * (NUM_DIRECTIONS * KERNEL_SIZE), (zero,) * NUM_DIRECTIONS
+    # The K - 1 positions before the chunk fill du, and those before them the tokens that these see
+    for p in tl.static_range(2 - 2 * KERNEL_SIZE, 0):
+        row = _fetch(
+            x, dout, dout_ahead, p, -before, after, x_row, dout_row, e, channels, NUM_DIRECTIONS, KERNEL_SIZE
+        )  # fmt: skip
+        tokens, du = _move_on(tokens, du, row, taps, biases, NUM_DIRECTIONS, KERNEL_SIZE)
+    for start in range(0, tl.minimum(positions, after), STEPS):
+        # No load may pass a store, so those of a pass come first and wait for memory together
+        rows = ()
+        for step in tl.static_range(STEPS):
+            rows += (_fetch(
+                x, dout, dout_ahead, start + step, 0, after, x_row, dout_row, e, channels, NUM_DIRECTIONS, KERNEL_SIZE
+            ),)  # fmt: skip
+        for step in tl.static_range(STEPS):
+            tokens, du = _move_on(tokens, du, rows[step], taps, biases, NUM_DIRECTIONS, KERNEL_SIZE)
+            dx_p = zero
+            for g in tl.static_range(NUM_DIRECTIONS):
+                for k in tl.static_range(KERNEL_SIZE):
+                    # Of the token that sees this one through tap k
+                    du_k = du[(KERNEL_SIZE - 1 - k) * NUM_DIRECTIONS + g]
+                    dx_p += du_k * taps[g * KERNEL_SIZE + k]
+                    # Sums come to the front in turn, and go back to the end
+                    tap_sums = tap_sums[1:] + (tap_sums[0] + du_k * tokens[0],)
+                bias_sums = bias_sums[1:] + (bias_sums[0] + du[0 if g == 0 else -1],)
+            tl.store(dx + (start + step) * channels + e, dx_p, e < tl.where(start + step < after, channels, 0))
+    sums += (b * tl.num_programs(1) + tl.program_id(1)) * NUM_DIRECTIONS * (KERNEL_SIZE + 1) * channels + e
+    for g in tl.static_range(NUM_DIRECTIONS):
+        for k in tl.static_range(KERNEL_SIZE):
+            tap = k if g == 0 else KERNEL_SIZE - 1 - k
+            tl.store(sums + (g * (KERNEL_SIZE + 1) + tap) * channels, tap_sums[g * KERNEL_SIZE + k], is_channel)
+        tl.store(sums + (g * (KERNEL_SIZE + 1) + KERNEL_SIZE) * channels, bias_sums[g], is_channel)
 
 
 # ---- tensors in, tensors out ----
 
 
-def _conv_launch(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and options of the convolution kernels."""
-    batch_size, num_tokens, channels = x.shape
-    positions = min(16, triton.next_power_of_2(num_tokens))
-    grid = (batch_size, triton.cdiv(num_tokens, positions), triton.cdiv(channels, 64))
-    options = {"NUM_DIRECTIONS": weight.shape[0], "KERNEL_SIZE": weight.shape[-1], "POSITIONS": positions, "BLOCK": 64}
-    return grid, options
-
-
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`causal_conv1d` without gradients."""
-    grid, options = _conv_launch(x, weight)
+    batch_size, num_tokens, channels = x.shape
     rows, weight, bias = as_rows(x), weight.mT.contiguous(), bias.contiguous()
     out = x.new_empty(weight.shape[0], *x.shape)
-    launch(_conv_forward, grid, rows, weight, bias, out, *x.shape, rows.stride(0), **options)
+    positions = min(16, triton.next_power_of_2(num_tokens))
+    launch(
+        _conv_forward, (batch_size, triton.cdiv(num_tokens, positions), triton.cdiv(channels, _BLOCK)),
+        rows, weight, bias, out, *x.shape, rows.stride(0),
+        NUM_DIRECTIONS=weight.shape[0], KERNEL_SIZE=weight.shape[1], POSITIONS=positions, BLOCK=_BLOCK,
+    )  # fmt: skip
     return out
 
 
 def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, in float32."""
-    grid, options = _conv_launch(x, weight)
-    num_directions, channels, kernel_size = weight.shape
+    """Gradients of x, in its dtype, and of weight and bias, in float32."""
+    batch_size, num_tokens, channels = x.shape
+    num_directions, _, kernel_size = weight.shape
     rows, dout, weight, bias = as_rows(x), as_rows(dout), weight.mT.contiguous(), bias.contiguous()
-    buffers = {"dtype": torch.float32, "device": x.device}
-    dx = torch.empty(x.shape, **buffers)
-    dweight = torch.empty(grid[1] * x.shape[0], num_directions, kernel_size, channels, **buffers)
-    dbias = torch.empty(grid[1] * x.shape[0], num_directions, channels, **buffers)
+    num_chunks = triton.cdiv(num_tokens, CHUNK)
+    dx = x.new_empty(x.shape)
+    sums = x.new_empty(batch_size * num_chunks, num_directions, kernel_size + 1, channels, dtype=torch.float32)
     launch(
-        _conv_backward, grid,
-        dout, rows, weight, bias, dx, dweight, dbias, *x.shape, dout.stride(0), rows.stride(0), **options,
+        _conv_backward, (batch_size, num_chunks, triton.cdiv(channels, _BLOCK)),
+        dout, rows, weight, bias, dx, sums, *x.shape, dout.stride(0), rows.stride(0),
+        NUM_DIRECTIONS=num_directions, KERNEL_SIZE=kernel_size, STEPS=STEPS, BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
-    return dx, dweight.sum(0).mT, dbias.sum(0)
+    sums = sums.sum(0)
+    return dx, sums[:, :-1].mT, sums[:, -1]
