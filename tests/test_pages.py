@@ -360,14 +360,36 @@ def test_the_headline_is_what_was_measured():
     (checkpoint,) = set(re.findall(r"model_cards/([\w-]+)/\w+_fusion\.png", text))
     results = read_json(checkpoint, "all_results.json")
     megabytes = (MEASURED / checkpoint / "model.safetensors").stat().st_size / 1e6
-    # Each of them began with the weights of the one before
-    runs = read_json(checkpoint, "first_run.json"), read_json(checkpoint, "second_run.json"), results
-    hours, minutes = divmod(round(sum(run["train_seconds"] for run in runs) / 60), 60)
-    assert f"{megabytes:.1f} MB, {results['top1']:.2f} % top-1, trained in {hours} h {minutes} min" in text
-    unfused = read_json(checkpoint, "third_run_unfused.json")
-    longer, top1 = unfused["train_seconds"] / results["train_seconds"], unfused["top1"]
-    assert f"without fusion, took {longer:.2f} times as long and reached {top1:.2f} %" in text
+    seconds = round(results["train_seconds"])
+    assert f"{megabytes:.1f} MB, {results['top1']:.2f} % top-1, trained in {seconds} s on that GPU" in " ".join(
+        text.split()
+    )
     assert f"Of {results['sequence_lengths'][0]} tokens, {results['sequence_lengths'][-1]} remain." in text
+
+
+def test_gpu_tables_are_what_was_measured():
+    pages = tables(MODEL_CARDS)
+    (scan,) = read_json("benchmarks", "h200", "kernel_speed.json")["cells"].values()
+    names = {"ours (Triton)": "triton", "mamba-ssm": "mamba-ssm", "plain torch": "torch"}
+    for name, *shown in pages["| | forward, ms | with gradients, ms |"]:
+        for text, kind in zip(shown, ("forward_ms", "forward_backward_ms"), strict=True):
+            value, ours = scan[names[name]][kind], scan["triton"][kind]
+            assert text == f"{value:.2f} ({value / ours:.1f})"
+            if name == "mamba-ssm":
+                kind = "forward as mamba-ssm's" if kind == "forward_ms" else "with gradients"
+                assert re.search(rf"{value / ours:.1f} times( as fast)?\s{kind}", README.read_text(encoding="utf-8"))
+
+    header = "| model | scan | forward, ms (of DeiT) | training step, ms (of DeiT) | peak memory of a step, MiB |"
+    measured = read_json("benchmarks", "h200", "model_speed.json")["cells"]
+    records = {record["label"]: record for record in measured["Ti geometry, 224 px, batch 128, bf16"]["records"]}
+    deit = records["DeiT-Ti"]
+    for name, backend, *shown in pages[header]:
+        label = name if name == "DeiT-Ti" else f"Famba-V-Ti {name} {'triton' if backend == 'ours' else backend}"
+        record = records.pop(label)
+        seconds = [(record[kind], deit[kind]) for kind in ("forward_seconds", "step_seconds")]
+        expected = [f"{1e3 * value:.1f} ({value / other:.2f})" for value, other in seconds]
+        assert shown == [*expected, f"{record['step_peak_bytes'] / 2**20:.0f}"]
+    assert not records
 
 
 def test_the_answer_in_the_readme_is_that_of_the_checkpoint():

@@ -56,9 +56,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "random_erasing_prob": 0.0,
         "ema_decay": 0.999,
     },
-    # The model and recipe of model_cards/fambav-cifar100 (configs/cifar100_distilled.yaml) for few epochs, with that
-    # checkpoint as the teacher: its predictions teach so much faster than labels that accuracies come apart. Not the
-    # paper's recipe.
+    # The model of model_cards/fambav-cifar100 and the recipe of its first releases for few epochs. A trained model
+    # is the teacher: its predictions teach so much faster than labels that accuracies come apart. Not the paper's.
     "distilled": {
         **_CIFAR100,
         **_PATCHES_OF_32_PX,
