@@ -26,13 +26,13 @@ from fambav_training.release.run_plot import plot_run
 from fambav_training.release.saving import check_output_folder, release_files, save_release
 from fambav_training.run.arguments import TrainingArguments, recipe_of
 from fambav_training.run.checkpointing import find_checkpoint
-from fambav_training.run.cuda_graphs import check_cuda_graphs
 from fambav_training.run.distillation import Teacher
 from fambav_training.run.interruption import Interrupted, Interruption
 from fambav_training.run.loaders import create_loaders
 from fambav_training.run.log import read_log
 from fambav_training.run.setup import (
     check_channels,
+    check_cuda_graphs,
     check_teacher,
     check_trackers,
     create_accelerator,

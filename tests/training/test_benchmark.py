@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import benchmark
-from fambav_training.benchmark import measurement
+from fambav_training.benchmark import measurement, workload
 from fambav_training.benchmark.cases import SMALL_R, SUITES, Case, cpu_suite
 from fambav_training.benchmark.measurement import measure, peak_bytes
 from fambav_training.benchmark.report import break_even, core_operations_sentence, table
@@ -113,6 +113,39 @@ def test_memory_of_cuda_graphs_is_left_out(monkeypatch):
     case = Case("famba-v", image_size=32, batch_size=1, compile_mode="reduce-overhead")
     (entry,) = measure([case], CPU, rounds=1, train=True, with_memory=True)
     assert entry["step_seconds"] > 0 and "step_peak_bytes" not in entry
+
+
+def test_recorded_passes_are_replayed(monkeypatch):
+    """Where there is no GPU, what records them is stood in for."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("inference")
+
+    def record_passes(model, batch_size, image_size, dtype):
+        assert (batch_size, image_size, dtype) == (2, (32, 32), torch.bfloat16)
+
+        def logits(images):
+            calls.append("passes")
+            return model(images).logits
+
+        return logits
+
+    monkeypatch.setattr(workload, "record_inference", lambda model, images, dtype: (Graph(), None))
+    monkeypatch.setattr(workload, "record_passes", record_passes)
+    case = Case("famba-v", image_size=32, batch_size=2, dtype="bfloat16", is_recorded=True)
+    (entry,) = measure([case], CPU, rounds=1, train=True, with_memory=True)
+    assert entry["label"] == "Famba-V-Ti none recorded" and "step_peak_bytes" not in entry
+    assert calls[0] == "inference" and calls[-1] == "passes"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["deit", "famba-v"])
+def test_recorded_passes_take_time_on_a_gpu(family):
+    case = Case(family, image_size=32, batch_size=2, dtype="bfloat16", is_recorded=True)
+    (entry,) = measure([case], torch.device("cuda"), rounds=1, train=True, with_memory=False)
+    assert 0 < entry["forward_seconds"] < entry["step_seconds"]
 
 
 @pytest.mark.slow

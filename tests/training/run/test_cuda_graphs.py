@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fambav_training.machine.cuda_graphs import record_inference, record_passes
 from fambav_training.run.arguments import TrainingArguments
-from fambav_training.run.cuda_graphs import check_cuda_graphs, record
+from fambav_training.run.setup import check_cuda_graphs
 from modeling_fambav import FambaVForImageClassification
 from support.helpers import random_tensor, tiny_config
 from support.training_runs import train_here
@@ -56,7 +57,7 @@ def test_recording_changes_neither_the_model_nor_random_numbers(monkeypatch):
     model = FambaVForImageClassification(tiny_config(**STEM, hidden_dropout_prob=0.5)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(0)
-    logits = record(model, 4, (16, 16))
+    logits = record_passes(model, 4, (16, 16))
     state = torch.get_rng_state()
     torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -75,3 +76,14 @@ def test_recorded_steps_train_as_others_do(tmp_path, mixed_precision):
     results = [train_here(tmp_path / name, **flags, cuda_graphs=name == "graphs") for name in ("eager", "graphs")]
     assert math.isclose(results[0]["train_loss"], results[1]["train_loss"], rel_tol=1e-3)
     assert results[1]["top1"] == pytest.approx(results[0]["top1"], abs=5)
+
+
+@pytest.mark.gpu
+def test_a_replay_classifies_what_lies_in_the_memory_of_the_images():
+    model = FambaVForImageClassification(tiny_config(**STEM)).to("cuda").eval()
+    images, others = (random_tensor(4, 3, 16, 16, seed=seed).to("cuda") for seed in (0, 1))
+    expected = model(others).logits
+    graph, logits = record_inference(model, images, torch.float32)
+    images.copy_(others)
+    graph.replay()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)

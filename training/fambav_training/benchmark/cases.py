@@ -28,6 +28,7 @@ class Case:
         fusion_window: how many places apart tokens are compared at most; all are if None.
         backend: scan backend; chosen by device if None.
         compile_mode: mode of torch.compile, or None for eager.
+        is_recorded: whether its passes are CUDA graphs, recorded once and replayed.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Case:
     fusion_window: int | None = None
     backend: str | None = None
     compile_mode: str | None = None
+    is_recorded: bool = False
 
     @property
     def label(self) -> str:
@@ -49,6 +51,7 @@ class Case:
             f"window={self.fusion_window}" if self.fusion_window else None,
             self.backend,
             self.compile_mode,
+            "recorded" if self.is_recorded else None,
         ]
         return " ".join([name, *([self.strategy] if self.family == "famba-v" else []), *filter(None, extras)])
 
@@ -100,16 +103,20 @@ def cpu_suite() -> dict[str, list[Case]]:
 
 
 def gpu_suite() -> dict[str, list[Case]]:
-    """bf16: our kernels against mamba-ssm's and DeiT at batch 128, and image sizes."""
+    """bf16: our kernels against mamba-ssm's and DeiT at batch 128, launched singly and recorded, and image sizes."""
     main = [Case("deit", **_ON_GPU)]
     for strategy in ("none", "all", "interleaved", "lower", "upper"):
         main += [Case("famba-v", strategy=strategy, backend="triton", **_ON_GPU)]
+    recorded = [dataclasses.replace(case, is_recorded=True) for case in main]
     for strategy in ("none", "upper"):
         main += [Case("famba-v", strategy=strategy, backend="mamba-ssm", **_ON_GPU)]
-    suite = {"Ti geometry, 224 px, batch 128, bf16": main}
+    suite = {
+        "Ti geometry, 224 px, batch 128, bf16, recorded": recorded,
+        "Ti geometry, 224 px, batch 128, bf16": main,
+    }
     for image_size, batch_size in ((384, 32), (512, 16), (768, 8), (1024, 4)):
-        suite[f"Ti geometry, {image_size} px, batch {batch_size}, bf16"] = _trio(
-            image_size=image_size, batch_size=batch_size, dtype="bfloat16"
+        suite[f"Ti geometry, {image_size} px, batch {batch_size}, bf16, recorded"] = _trio(
+            image_size=image_size, batch_size=batch_size, dtype="bfloat16", is_recorded=True
         )
     return suite
 

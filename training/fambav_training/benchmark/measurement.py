@@ -137,7 +137,7 @@ def peak_bytes(workload: Workload) -> int | None:
 
     None for CUDA graphs, whose tensors lie in a pool of their own that was made before.
     """
-    if workload.case.compile_mode == "reduce-overhead":
+    if workload.case.compile_mode == "reduce-overhead" or workload.case.is_recorded:
         return None
     set_selective_scan_backend(workload.case.backend)
     if workload.device.type == "cuda":

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from fambav_training.benchmark.cases import WIDTHS, Case
+from fambav_training.machine.cuda_graphs import record_inference, record_passes
 from modeling_fambav import FambaVForImageClassification, set_selective_scan_backend
 from modeling_fambav.selective_scan import selective_scan
 
@@ -43,6 +44,12 @@ class Workload:
         self.model = torch.compile(model, mode=case.compile_mode) if case.compile_mode else model
         self.pixel_values = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
         self.labels = torch.randint(0, 100, (case.batch_size,), device=device)
+        if case.is_recorded:
+            set_selective_scan_backend(case.backend)
+            dtype, size = _DTYPES[case.dtype], (case.image_size, case.image_size)
+            graph, _ = record_inference(model, self.pixel_values, dtype)
+            self.forward = graph.replay
+            self._logits = record_passes(model, case.batch_size, size, dtype)
 
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES[self.case.dtype]
@@ -57,8 +64,11 @@ class Workload:
     def step(self) -> None:
         """One training step: forward, loss, backward, AdamW."""
         self.model.train()
-        with self._autocast():
-            loss = self.model(self.pixel_values, labels=self.labels).loss
+        if self.case.is_recorded:
+            loss = nn.functional.cross_entropy(self._logits(self.pixel_values).float(), self.labels)
+        else:
+            with self._autocast():
+                loss = self.model(self.pixel_values, labels=self.labels).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -161,6 +161,25 @@ def start_trackers(accelerator: Accelerator, args: TrainingArguments, recipe: di
     accelerator.init_trackers("fambav", config=values, init_kwargs={"trackio": trackio})
 
 
+def check_cuda_graphs(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuse to record where there is no GPU, or where two passes have not the same shapes and weights.
+
+    Raises:
+        ValueError: if it is so.
+    """
+    if not args.cuda_graphs:
+        return
+    if accelerator.device.type != "cuda":
+        raise ValueError(f"--cuda_graphs: expected a CUDA device, this run is on {accelerator.device.type!r}")
+    if accelerator.num_processes > 1:
+        raise ValueError(f"--cuda_graphs: expected one process, there are {accelerator.num_processes}")
+    steps = args.gradient_accumulation_steps
+    if steps > 1:  # a replay writes over the gradients of the one before
+        raise ValueError(f"--cuda_graphs: expected --gradient_accumulation_steps 1, not {steps}")
+    if args.streaming:
+        raise ValueError("--cuda_graphs: expected no --streaming, whose last batch is smaller than the others")
+
+
 def check_teacher(args: TrainingArguments) -> None:
     """Refuse distillation from no teacher, or from one that the run would replace.
 

@@ -30,6 +30,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from fambav_training.data.augmentation import Augmentation, mixed_cross_entropy
 from fambav_training.data.pixels import normalize
 from fambav_training.evaluation.metrics import evaluate
+from fambav_training.machine.cuda_graphs import record_passes
 from fambav_training.machine.memory import give_back_freed_memory
 from fambav_training.machine.provenance import peak_memory_bytes, used_memory_bytes
 from fambav_training.machine.transfer import LateValues
@@ -42,7 +43,6 @@ from fambav_training.run.checkpointing import (
     read_state,
     save_checkpoint,
 )
-from fambav_training.run.cuda_graphs import record
 from fambav_training.run.distillation import Teacher, distillation_loss
 from fambav_training.run.interruption import Interrupted, Interruption
 from fambav_training.run.log import MetricsLog
@@ -134,10 +134,8 @@ class Trainer:
 
     def record_passes(self) -> None:
         """Record both passes of a step as CUDA graphs, which all further steps replay."""
-        batch_size = self.args.per_device_train_batch_size
-        self._logits = record(
-            self.model, batch_size, self.accelerator.unwrap_model(self.model).config.image_height_width
-        )
+        image_size = self.accelerator.unwrap_model(self.model).config.image_height_width
+        self._logits = record_passes(self.model, self.args.per_device_train_batch_size, image_size)
 
     def _logits(self, images: Tensor) -> Tensor:
         with self.accelerator.autocast():
