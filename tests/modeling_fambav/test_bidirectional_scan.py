@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from modeling_fambav import backends, set_selective_scan_backend
-from modeling_fambav.bidirectional_scan import _scan, bidirectional_scan, bidirectional_scan_in_parts
+from modeling_fambav.bidirectional_scan import (
+    _product_over_tokens,
+    _scan,
+    bidirectional_scan,
+    bidirectional_scan_in_parts,
+)
 from support.helpers import gradient_of, random_tensor, scan_inputs, tolerance
 from support.mamba_packages import stand_in_for_mamba_ssm
 
@@ -85,6 +90,18 @@ def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
     results = results_of(bidirectional_scan, inputs)
     assert results.keys() == expected.keys() == (inputs.keys() | {"out"}) - {"dt_scale"}
     assert_close(results, expected, dtype)
+
+
+@pytest.mark.parametrize("num_parts", [1, 4, 64])
+def test_weights_gradients_are_added_up_in_parts(num_parts):
+    """As on a GPU; the left one is a slice, as it is in the mixer."""
+    chosen, other = (
+        random_tensor(2, 64 * 5, 9, seed=0, dtype=torch.float64),
+        random_tensor(2, 64 * 5, 7, seed=1).double(),
+    )
+    for left in (chosen, chosen[..., :4]):
+        result = _product_over_tokens(left, other, num_parts)
+        torch.testing.assert_close(result, torch.einsum("gtm,gtn->gmn", left, other))
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])

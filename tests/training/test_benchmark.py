@@ -136,7 +136,7 @@ def test_recorded_passes_are_replayed(monkeypatch):
     monkeypatch.setattr(workload, "record_passes", record_passes)
     case = Case("famba-v", image_size=32, batch_size=2, dtype="bfloat16", is_recorded=True)
     (entry,) = measure([case], CPU, rounds=1, train=True, with_memory=True)
-    assert entry["label"] == "Famba-V-Ti none recorded" and "step_peak_bytes" not in entry
+    assert entry["label"] == "Famba-V-Ti none recorded" and entry["step_peak_bytes"] > 0
     assert calls[0] == "inference" and calls[-1] == "passes"
 
 

@@ -1,11 +1,14 @@
 """Steps whose passes are recorded as CUDA graphs, and when they cannot be."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend
 
+import train
 from fambav_training.machine.cuda_graphs import record_inference, record_passes
 from fambav_training.run.arguments import TrainingArguments
 from fambav_training.run.setup import check_cuda_graphs
@@ -16,8 +19,9 @@ from support.training_runs import train_here
 STEM = {"image_size": 16, "patch_size": 4, "stem_channels": [8], "num_labels": 5}
 
 
-def accelerator_of(device: str = "cuda", num_processes: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device(device), num_processes=num_processes)
+def accelerator_of(device: str = "cuda", num_processes: int = 1, backend=DynamoBackend.NO) -> SimpleNamespace:
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+    return SimpleNamespace(device=torch.device(device), num_processes=num_processes, state=state)
 
 
 def test_a_run_that_can_be_recorded_is_not_refused():
@@ -30,6 +34,11 @@ def test_a_run_that_can_be_recorded_is_not_refused():
     [
         ({}, accelerator_of("cpu"), "expected a CUDA device, this run is on 'cpu'"),
         ({}, accelerator_of(num_processes=2), "expected one process, there are 2"),
+        (
+            {},
+            accelerator_of(backend=DynamoBackend.INDUCTOR),
+            "expected no torch.compile, `accelerate config` has INDUCTOR",
+        ),
         ({"gradient_accumulation_steps": 4}, accelerator_of(), "expected --gradient_accumulation_steps 1, not 4"),
         (
             {"streaming": True, "max_train_steps": 1, "dataset_name": "x", "validation_split": "test"},
@@ -69,10 +78,30 @@ def test_recording_changes_neither_the_model_nor_random_numbers(monkeypatch):
     assert recorded.requires_grad and torch.equal(recorded, model.train()(images).logits)
 
 
+def test_a_run_trains_on_what_was_recorded(tmp_path, monkeypatch):
+    """Evaluation between the epochs, and a second run that resumes; what records is stood in for."""
+    recorded = []
+
+    def record_nothing(module, samples):
+        recorded.append(tuple(samples[0].shape))
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record_nothing)
+    monkeypatch.setattr(train, "check_cuda_graphs", lambda args, accelerator: None)
+    flags = {"optimizer": "muon", "evaluation_epochs": 1, "checkpointing_steps": "epoch", "max_train_steps": 16}
+    plain, first = (train_here(tmp_path / name, **flags, cuda_graphs=name == "graphs") for name in ("plain", "graphs"))
+    assert recorded == [(64, 3, 8, 8)]
+    assert first["train_loss"] == plain["train_loss"] and first["top1"] == plain["top1"]
+    shutil.rmtree(tmp_path / "graphs" / "checkpoints" / "step_000016", ignore_errors=True)
+    again = train_here(tmp_path / "graphs", **flags, cuda_graphs=True, resume_from_checkpoint="latest")
+    assert len(recorded) == 2 and again["top1"] == plain["top1"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
 def test_recorded_steps_train_as_others_do(tmp_path, mixed_precision):
     flags = {"cpu": False, "mixed_precision": mixed_precision, "stem_channels": [8], "drop_path_rate": 0.1}
+    flags["optimizer"] = "muon"
     results = [train_here(tmp_path / name, **flags, cuda_graphs=name == "graphs") for name in ("eager", "graphs")]
     assert math.isclose(results[0]["train_loss"], results[1]["train_loss"], rel_tol=1e-3)
     assert results[1]["top1"] == pytest.approx(results[0]["top1"], abs=5)

@@ -64,14 +64,17 @@ def test_what_has_no_gradient_stays():
 def test_scaled_gradients_are_divided():
     expected, actual = matrices(), matrices()
     plain, scaled = (BatchedMuon(parameters, 0.02, 0.0) for parameters in (expected, actual))
-    scaled.grad_scale = torch.tensor(1024.0)
-    for seed in range(2):
+    for seed, scale in enumerate((1024.0, 16.0)):
         give_gradients(expected, seed)
-        give_gradients(actual, seed, scale=1024.0)
+        give_gradients(actual, seed, scale)
+        scaled.grad_scale = torch.tensor(scale)
         plain.step()
         scaled.step()
     for one, other in zip(expected, actual):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        # The steps alone would be the same whatever the scale is
+        momenta = (part.state[matrix]["momentum_buffer"] for part, matrix in ((plain, one), (scaled, other)))
+        torch.testing.assert_close(*momenta)
 
 
 @pytest.mark.parametrize("num_steps_before", [0, 2])

@@ -1,6 +1,7 @@
 """What is decayed and what is not, and the weight average against its formula."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -115,6 +116,24 @@ def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adamw():
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
     singular_values = torch.linalg.svdvals(update) / (0.2 * 128**0.5)
     assert 0.6 < singular_values.min() and singular_values.max() < 1.3  # Newton and Schulz stop there
+
+
+def test_torchs_scaler_skips_a_step_of_both_parts():
+    """As with --mixed_precision fp16."""
+    torch.manual_seed(0)
+    model = FambaVForImageClassification(tiny_config())
+    optimizer, scaler = create_optimizer(model, 0.01, 0.1, "muon"), torch.amp.GradScaler("cpu", init_scale=256.0)
+    for is_bad in (False, True, False):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.zero_grad()
+        scaler.scale(model(random_tensor(2, 3, 16, 16, seed=0)).logits.square().sum()).backward()
+        if is_bad:
+            model.classifier.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        changed = [not torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before)]
+        assert not any(changed) if is_bad else sum(changed) > len(changed) / 2
+    assert scaler.get_scale() == 128.0
 
 
 def test_schedule_and_saved_state_reach_both_parts():

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import store_teacher_views
+from fambav_training.data import crops
 from fambav_training.machine.transfer import LateValues
 from fambav_training.run.optimization import WeightAverage
 from fambav_training.run.trainer import Trainer
@@ -112,4 +114,17 @@ def test_a_step_reads_nothing(reads, tmp_path, changes):
     if changes.keys() & {"horizontal_flip_prob", "random_erasing_prob"} and version("kornia").startswith("0.8."):
         pytest.skip("kornia before 0.9 reads which images it changes")
     train_here(tmp_path, max_train_steps=3, **changes)
+    assert reads.names == []
+
+
+def test_a_step_on_stored_views_reads_nothing(reads, tmp_path, monkeypatch):
+    """With images on a GPU, where crops are gathered, and with Muon."""
+    train_here(tmp_path / "teacher", max_train_steps=1)
+    words = ["--dataset_name", "digits", "--image_size", "8", "--views", "2", "--random_crop_padding", "2"]
+    views = tmp_path / "views"
+    store_teacher_views.store(store_teacher_views.parse([str(tmp_path / "teacher"), str(views), *words]))
+    monkeypatch.setattr(crops, "_copy_crops", crops._gather_crops)
+    reads.names.clear()
+    flags = {"teacher_views": views, "distillation_weight": 0.5, "distillation_loss": "standardized"}
+    train_here(tmp_path / "student", max_train_steps=3, optimizer="muon", **flags)
     assert reads.names == []

@@ -135,10 +135,14 @@ def measure_core_operations(device: torch.device, rounds: int) -> dict[str, floa
 def peak_bytes(workload: Workload) -> int | None:
     """Memory that training steps need at their peak beside the weights: activations, gradients, AdamW's averages.
 
-    None for CUDA graphs, whose tensors lie in a pool of their own that was made before.
+    None for CUDA graphs of torch.compile, whose tensors lie in a pool of their own that was made before; of recorded
+    passes it is the memory of the same passes launched one by one.
     """
-    if workload.case.compile_mode == "reduce-overhead" or workload.case.is_recorded:
+    if workload.case.compile_mode == "reduce-overhead":
         return None
+    if workload.case.is_recorded:
+        workload = Workload(dataclasses.replace(workload.case, is_recorded=False), workload.device)
+        workload.step()
     set_selective_scan_backend(workload.case.backend)
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()

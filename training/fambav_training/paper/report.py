@@ -55,6 +55,8 @@ def make_report(cells: list[Cell], runs: dict[str, list[Run]], flags: dict[str, 
             if results is not None:
                 finished.append(results)
                 condition = {name: results[name] for name in ("device", "scan_backend", "versions", "git_commit")}
+                if results["arguments"].get("cuda_graphs"):
+                    condition["cuda_graphs"] = True
                 if condition not in conditions:
                     conditions.append(condition)
         config = FambaVConfig(**{**model_fields(flags), **cell.fields})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch's Muon, whose settings, state and steps it has, scaled to the size of AdamW's (arXiv:2502.16982).
+    """torch's Muon, whose state and steps it has, with Nesterov momentum, scaled to AdamW's size (arXiv:2502.16982).
 
     As torch's fused optimizers, it divides the gradients by the attribute `grad_scale` and takes no step where
     `found_inf` is 1, if somebody has set them; both are tensors on the device of the parameters, and nobody waits for

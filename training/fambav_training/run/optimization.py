@@ -29,7 +29,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # by which torch's GradScaler knows
-    grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
     def __init__(self, muon: BatchedMuon, adamw: torch.optim.AdamW):
@@ -45,7 +44,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts:
-            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
+            # torch's GradScaler multiplies the former by its own, so it must not be there before
+            part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), self.found_inf
             part.step()
         return loss
 

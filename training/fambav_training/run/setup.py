@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DynamoBackend, ProjectConfiguration, set_seed
 from huggingface_hub import get_token
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -176,6 +176,9 @@ def check_cuda_graphs(args: TrainingArguments, accelerator: Accelerator) -> None
     steps = args.gradient_accumulation_steps
     if steps > 1:  # a replay writes over the gradients of the one before
         raise ValueError(f"--cuda_graphs: expected --gradient_accumulation_steps 1, not {steps}")
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:  # which may record, too
+        raise ValueError(f"--cuda_graphs: expected no torch.compile, `accelerate config` has {backend.value}")
     if args.streaming:
         raise ValueError("--cuda_graphs: expected no --streaming, whose last batch is smaller than the others")
 
