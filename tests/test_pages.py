@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 import demo
 from support.child_process import REPOSITORY
@@ -410,6 +411,45 @@ def test_every_checkpoint_in_the_index_is_as_it_was_scored():
         results = read_json(re.match(r"\[([\w-]+)\]", row[0]).group(1), "all_results.json")
         assert row[2:4] == [f"{results['top1']:.2f}", f"{results['top5']:.2f}"]
         assert row[4].startswith(f"{results['num_parameters'] / 1e6:.1f} million")
+
+
+def test_earlier_releases_are_as_they_were_scored():
+    text = " ".join(MODEL_CARDS.read_text(encoding="utf-8").split())
+    runs = {name: read_json("tables", "earlier_release", f"{name}.json") for name in ("first", "second", "third")}
+    accuracies, minutes = zip(*((f"{run['top1']:.2f} %", round(run["train_seconds"] / 60)) for run in runs.values()))
+    assert f"17 epochs ended with {accuracies[0]} after {minutes[0]} minutes" in text
+    assert f"22 more with {accuracies[1]} after {minutes[1]}" in text
+    assert f"the same again with {accuracies[2]} after {minutes[2]}" in text
+    fused, unfused = runs["third"], read_json("tables", "earlier_release", "third_unfused.json")
+    saved, cost = 1 - fused["train_seconds"] / unfused["train_seconds"], unfused["top1"] - fused["top1"]
+    assert f"{unfused['top1']:.2f} % after {unfused['train_seconds']:.0f} s" in text
+    assert f"saved {saved:.0%} of the time".replace("%", " %") in text and f"cost {cost:.1f} point" in text
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in MEASURED.glob("*/README.md")), ids=lambda p: p.name)
+def test_a_card_names_the_data_that_its_model_was_scored_on(folder):
+    card = ModelCard.load(folder / "README.md").data
+    (result,) = {(each.dataset_type, each.dataset_split) for each in card.eval_results}
+    assert card.datasets == [result[0]] == ["uoft-cs/cifar100"] and result[1] == "test"
+
+
+def test_what_fusion_costs_on_a_gpu():
+    cell = read_json("benchmarks", "h200", "model_speed.json")["cells"]["Ti geometry, 224 px, batch 128, bf16"]
+    records = {record["label"].removeprefix("Famba-V-Ti "): record for record in cell["records"]}
+    none, upper = records["none triton"], records["upper triton"]
+    slower = [
+        records[f"{name} triton"]["step_seconds"] / none["step_seconds"] - 1
+        for name in ("all", "interleaved", "lower", "upper")
+    ]
+    memory = [
+        1 - upper["step_peak_bytes"] / records[name]["step_peak_bytes"] for name in ("none triton", "none mamba-ssm")
+    ]
+    readme, page = (" ".join(path.read_text(encoding="utf-8").split()) for path in (README, MODEL_CARDS))
+    assert f"takes {memory[0]:.0%} less memory".replace("%", " %") in readme
+    assert f"{upper['step_seconds'] / none['step_seconds'] - 1:.0%} more time".replace("%", " %") in readme
+    assert f"{100 * min(slower):.0f} to {100 * max(slower):.0f} % of a step" in page
+    assert f"{memory[0]:.0%} less memory than none, and {memory[1]:.0%} less".replace("%", " %") in page
+    assert f"take {1e3 * none['step_seconds'] / 24:.1f} ms" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -11,7 +11,7 @@ when the same command is given again; runs that are finished are only read. All 
         table.json, table.md, table.png
 
 Scales: `paper` (224 px, 24 layers, 300 epochs), `native32` (the same model on 32 px), `nano` (a small model on 32 px,
-for a laptop), `distilled` (the model of model_cards/fambav-cifar100, taught by that checkpoint, whose predictions
+for a laptop), `distilled` (the model of model_cards/fambav-cifar100, taught by a checkpoint of it, whose predictions
 store_teacher_views.py has put into outputs/teacher_views) and `quick` (seconds; says nothing about accuracy). At all
 of them a strategy removes the same share of the tokens as in the paper. `--table ablation` varies how tokens are
 fused, which the paper leaves open, `--table order` where a fused token stands, and `--table work` compares the fused
