@@ -30,7 +30,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_column_name", help="as in train.py")
     parser.add_argument("--label_column_name", help="as in train.py")
     parser.add_argument("--train_split", default="train", help="all of its images are stored")
-    parser.add_argument("--max_train_samples", type=int, help="store only this many")
+    parser.add_argument(
+        "--max_train_samples", type=int, help="store only this many, those that train.py takes with the same --seed"
+    )
     parser.add_argument("--views", type=int, default=4, help="views of every image")
     parser.add_argument(
         "--image_size", type=int, nargs="+", default=[32], help="of the student: side, or height width"
@@ -43,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--teacher_trust_remote_code", action="store_true", help="run code that comes with the teacher"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the views")
+    parser.add_argument("--seed", type=int, default=0, help="of the views, and of the choice of --max_train_samples")
     args = parser.parse_args(argv)
     for name in ("views", "batch_size", "images_per_file"):
         if getattr(args, name) < 1:
@@ -79,7 +81,8 @@ def store(args: argparse.Namespace) -> Manifest:
     teacher = load_teacher("TEACHER", args.teacher, processor, images.label_names, device, trust)
     dataset = images.train
     if args.max_train_samples is not None:
-        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+        # As the loaders of train.py
+        dataset = dataset.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(dataset))))
     pixels = CachedImages(dataset, images.image_column, images.label_column, processor).pixels
     manifest = Manifest(
         teacher=args.teacher,

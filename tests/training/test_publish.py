@@ -530,7 +530,7 @@ def test_quantised_model_is_published_with_its_base(repository, tmp_path):
     assert repository.main.files["onnx/model_quantized.onnx"] == b"model"
     card = repository.main.files["README.md"].decode()
     assert f"base_model: ann/{tmp_path.name}\n" in card and "base_model_relation: quantized\n" in card
-    assert 'hf_hub_download("ann/tiny", "onnx/model_quantized.onnx")' in card and LOCATION not in card
+    assert 'folder = "ann/tiny"' in card and 'folder / "onnx/model_quantized.onnx"' in card and LOCATION not in card
 
 
 # ---- from training to the Hub in one command ----

@@ -256,5 +256,6 @@ def _check_same_run(path: Path, state: dict[str, Any], recipe: dict[str, Any], n
     for name in sorted(saved.keys() | recipe.keys()):
         if saved.get(name) != recipe.get(name):
             raise CheckpointError(
-                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {recipe.get(name)} as in this run"
+                f"checkpoint {path}: made with --{name} {saved.get(name)}, expected {recipe.get(name)} as in this "
+                "run; to train a finished model further, give it as --model_name_or_path, and another --output_dir"
             )

@@ -218,7 +218,7 @@ class TeacherViews:
         if len(unknown):
             raise TeacherViewsError(
                 f"{self._folder}: holds no views of {len(unknown)} of {len(digests)} images; expected all training "
-                f"images, it was made of split {manifest.split!r} of {manifest.dataset}"
+                f"images; it holds {manifest.images} of split {manifest.split!r} of {manifest.dataset}"
             )
         return rows
 
