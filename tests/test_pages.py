@@ -413,6 +413,19 @@ def test_every_checkpoint_in_the_index_is_as_it_was_scored():
         assert row[4].startswith(f"{results['num_parameters'] / 1e6:.1f} million")
 
 
+def test_levers_are_as_they_were_scored():
+    runs = read_json("tables", "levers", "levers.json")
+    rows = tables(MODEL_CARDS)["| | top-1, % | processor time, s |"]
+    assert [row[1:] for row in rows] == [
+        [f"{run['top1']:.2f}", f"{run['processor_seconds']:.0f}"] for run in runs.values()
+    ]
+    text, base = " ".join(MODEL_CARDS.read_text(encoding="utf-8").split()), runs["base_0"]["top1"]
+    gains = [base - runs[f"{name}_0"]["top1"] for name in ("labels", "adamw", "kl", "no_stem")]
+    shown = "the teacher is worth {:.1f} points, Muon {:.1f}, standardized logits {:.1f} and the stem {:.1f}"
+    assert shown.format(*gains) in text and runs["temperature_4_0"]["top1"] > base
+    assert all(abs(run["ema_top1"] - run["top1"]) < 0.4 for run in runs.values())
+
+
 def test_earlier_releases_are_as_they_were_scored():
     text = " ".join(MODEL_CARDS.read_text(encoding="utf-8").split())
     runs = {name: read_json("tables", "earlier_release", f"{name}.json") for name in ("first", "second", "third")}
