@@ -422,7 +422,10 @@ def test_levers_are_as_they_were_scored():
     text, base = " ".join(MODEL_CARDS.read_text(encoding="utf-8").split()), runs["base_0"]["top1"]
     gains = [base - runs[f"{name}_0"]["top1"] for name in ("labels", "adamw", "kl", "no_stem")]
     shown = "the teacher is worth {:.1f} points, Muon {:.1f}, standardized logits {:.1f} and the stem {:.1f}"
-    assert shown.format(*gains) in text and runs["temperature_4_0"]["top1"] > base
+    assert shown.format(*gains) in text
+    middle, temperature = (runs[f"{name}_0"]["top1"] - base for name in ("middle", "temperature_4"))
+    assert f"brings {middle:.1f}**, and a temperature of 4 instead of 2 brings {temperature:.1f}" in text
+    assert runs["none_0"]["top1"] < base
     assert all(abs(run["ema_top1"] - run["top1"]) < 0.4 for run in runs.values())
 
 
