@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from fambav_training.cli import one_line_errors
-from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
+from fambav_training.data.labeled_images import LabeledImages, load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.evaluation.scoring import label_indices, load_classifier
 from fambav_training.export.onnx_file import check_packages, exported_file
@@ -51,9 +51,7 @@ def parse_command_line() -> argparse.Namespace:
 
 def cached(args: argparse.Namespace, images: LabeledImages, split: str, limit: int | None, processor) -> CachedImages:
     """At most `limit` images of the `train` or `validation` split, chosen by the seed."""
-    dataset = getattr(images, split)
-    if limit is not None:
-        dataset = dataset.shuffle(seed=args.seed).select(range(min(limit, len(dataset))))
+    dataset = random_subset(getattr(images, split), limit, args.seed)
     return CachedImages(dataset, images.image_column, images.label_column, processor)
 
 

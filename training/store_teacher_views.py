@@ -16,7 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from fambav_training.cli import one_line_errors
 from fambav_training.data.crops import draw_crops, mean_color, take_crops
-from fambav_training.data.labeled_images import load_labeled_images
+from fambav_training.data.labeled_images import load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.run.distillation import Teacher, load_teacher
 from fambav_training.teacher.views import Manifest, begin, digest_pixels, write_file
@@ -79,10 +79,7 @@ def store(args: argparse.Namespace) -> Manifest:
         processor = ViTImageProcessorPil(size=size, do_convert_rgb=True)
     trust = args.teacher_trust_remote_code
     teacher = load_teacher("TEACHER", args.teacher, processor, images.label_names, device, trust)
-    dataset = images.train
-    if args.max_train_samples is not None:
-        # As the loaders of train.py
-        dataset = dataset.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(dataset))))
+    dataset = random_subset(images.train, args.max_train_samples, args.seed)  # as in train.py
     pixels = CachedImages(dataset, images.image_column, images.label_column, processor).pixels
     manifest = Manifest(
         teacher=args.teacher,

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from fambav_training.cli import one_line_errors
 from fambav_training.data.crops import draw_crops, mean_color, take_crops
-from fambav_training.data.labeled_images import LabeledImages, load_labeled_images
+from fambav_training.data.labeled_images import LabeledImages, load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.files import atomic_folder
 
@@ -98,11 +98,8 @@ def train_teacher(args: argparse.Namespace, images: LabeledImages) -> dict[str, 
     )
     model = create_teacher(args.image_size, images.label_names)
     columns = images.image_column, images.label_column
-    train, validation = images.train, images.validation
-    if args.max_train_samples is not None:
-        train = train.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(train))))
-    if args.max_eval_samples is not None:
-        validation = validation.shuffle(seed=args.seed).select(range(min(args.max_eval_samples, len(validation))))
+    train = random_subset(images.train, args.max_train_samples, args.seed)
+    validation = random_subset(images.validation, args.max_eval_samples, args.seed)
     runs = args.output_dir.with_name(f"{args.output_dir.name}.checkpoints")
     trainer = Trainer(
         model,

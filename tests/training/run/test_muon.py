@@ -21,6 +21,14 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, scale: float = 1.0
         parameter.grad = scale * random_tensor(*parameter.shape, seed=10 * seed + index)
 
 
+def assert_same(reference: torch.optim.Optimizer, optimizer: torch.optim.Optimizer) -> None:
+    """Matrices and averages of their gradients."""
+    for one, other in zip(reference.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        momenta = (part.state[matrix]["momentum_buffer"] for part, matrix in ((reference, one), (optimizer, other)))
+        torch.testing.assert_close(*momenta)
+
+
 def test_steps_are_those_of_torch():
     expected, actual = matrices(), matrices()
     reference = torch.optim.Muon(expected, 0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
@@ -30,10 +38,7 @@ def test_steps_are_those_of_torch():
         give_gradients(actual, seed)
         reference.step()
         optimizer.step()
-    for one, other in zip(expected, actual):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-        momenta = (part.state[matrix]["momentum_buffer"] for part, matrix in ((reference, one), (optimizer, other)))
-        torch.testing.assert_close(*momenta)
+    assert_same(reference, optimizer)
 
 
 def test_torch_goes_on_from_its_state():
@@ -70,11 +75,7 @@ def test_scaled_gradients_are_divided():
         scaled.grad_scale = torch.tensor(scale)
         plain.step()
         scaled.step()
-    for one, other in zip(expected, actual):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-        # The steps alone would be the same whatever the scale is
-        momenta = (part.state[matrix]["momentum_buffer"] for part, matrix in ((plain, one), (scaled, other)))
-        torch.testing.assert_close(*momenta)
+    assert_same(plain, scaled)  # their averages too, because the steps alone are the same whatever the scale is
 
 
 @pytest.mark.parametrize("num_steps_before", [0, 2])

@@ -31,7 +31,7 @@ def draw_crops(*shape: int, padding: int, flip_prob: float, generator: torch.Gen
 def take_crops(pixels: Tensor, crops: Crops, padding: int, fill: Tensor) -> Tensor:
     """Views of uint8 images `(B, C, H, W)`: same shape, padded with the colour `fill` `(C,)`.
 
-    `crops` are on the host, `pixels` anywhere: a processor copies one image after the other, which is two to four
+    `crops` are on the host or where the pixels are. A processor copies one image after the other, which is one to four
     times as fast there; a GPU gathers all of them at once, and waits for nothing.
     """
     height, width = pixels.shape[-2:]
@@ -50,9 +50,9 @@ def _copy_crops(padded: Tensor, crops: Crops, height: int, width: int) -> Tensor
 
 
 def _gather_crops(padded: Tensor, crops: Crops, height: int, width: int) -> Tensor:
-    # The indices are made on the host and copied once
-    rows = crops.top.long()[:, None] + torch.arange(height)
-    columns = torch.arange(width)
+    # Of crops on the host the indices are made there, and copied once
+    rows = crops.top.long()[:, None] + torch.arange(height, device=crops.top.device)
+    columns = torch.arange(width, device=crops.left.device)
     columns = crops.left.long()[:, None] + torch.where(crops.flip[:, None], columns.flip(0), columns)
     rows, columns = to_device(torch.cat((rows, columns), 1), padded.device).split((height, width), 1)
     rows = rows[:, None, :, None].expand(-1, padded.shape[1], -1, padded.shape[-1])

@@ -86,6 +86,13 @@ def load_labeled_images(
     return LabeledImages(train, validation, image_column, label_column, names)
 
 
+def random_subset(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
+    """At most so many images, chosen by the seed, since datasets are often sorted by class; all if None."""
+    if max_samples is None:
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(min(max_samples, len(dataset))))
+
+
 def _load(dataset_name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
     try:
         return load_dataset(dataset_name, streaming=streaming)

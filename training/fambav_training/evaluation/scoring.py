@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from fambav_training.data.labeled_images import LabeledImages
+from fambav_training.data.labeled_images import LabeledImages, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.evaluation.metrics import evaluate, ranked_classes
 from fambav_training.fusion.settings import set_fusion
@@ -77,9 +77,7 @@ class Scorer:
         seed: int = 0,
     ):
         """Decode the images; `seed` chooses `max_samples` of them."""
-        dataset = images.validation
-        if max_samples is not None:
-            dataset = dataset.shuffle(seed=seed).select(range(min(max_samples, len(dataset))))
+        dataset = random_subset(images.validation, max_samples, seed)
         self._tensors = CachedImages(dataset, images.image_column, images.label_column, processor)
         self._tensors.labels = torch.tensor(label_indices(images.label_names, model))[self._tensors.labels]
         loader = DataLoader(self._tensors, batch_size, collate_fn=lambda batch: batch)

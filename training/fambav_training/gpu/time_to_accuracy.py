@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fambav_training.data.crops import Crops, take_crops
 from fambav_training.files import atomic_file
 from fambav_training.gpu.images_file import Images
 from fambav_training.gpu.plan import Plan
@@ -228,10 +229,4 @@ def _augmented(pixels: Tensor, down: Tensor, right: Tensor, is_mirrored: Tensor)
     Returns:
         uint8 tensor of shape (b, 3, h, w).
     """
-    height, width = pixels.shape[2:]
-    padded = F.pad(pixels, (_PADDING,) * 4, value=127)
-    rows = down[:, None] + torch.arange(height, device=pixels.device)
-    columns = right[:, None] + torch.arange(width, device=pixels.device)
-    columns = torch.where(is_mirrored[:, None] == 1, columns.flip(1), columns)
-    image = torch.arange(len(pixels), device=pixels.device)[:, None, None]
-    return padded.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    return take_crops(pixels, Crops(down, right, is_mirrored == 1), _PADDING, pixels.new_full((3,), 127))

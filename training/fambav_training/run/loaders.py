@@ -6,7 +6,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 from transformers.image_processing_utils import BaseImageProcessor
 
-from fambav_training.data.labeled_images import LabeledImages
+from fambav_training.data.labeled_images import LabeledImages, random_subset
 from fambav_training.data.pixels import CachedImages, DecodedImages, StreamedImages
 from fambav_training.data.stream_loader import StreamLoader
 from fambav_training.run.arguments import TrainingArguments
@@ -28,9 +28,7 @@ def create_loaders(
         return stream_loaders(args, images, processor, accelerator)
 
     def loader(dataset, max_samples, batch_size, is_training):
-        if max_samples is not None:
-            # Shuffled, because datasets are often sorted by class
-            dataset = dataset.shuffle(seed=args.seed).select(range(min(max_samples, len(dataset))))
+        dataset = random_subset(dataset, max_samples, args.seed)
         source = dataset, images.image_column, images.label_column, processor, args.max_corrupt_images
         pixel_bytes = len(dataset) * 3 * processor.size["height"] * processor.size["width"]
         is_cached = pixel_bytes <= args.max_cached_mib * 2**20

@@ -39,14 +39,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both. `closure` computes the loss anew."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        muon, adamw = self._parts
         for part in self._parts:
             # torch's GradScaler multiplies the former by its own, so it must not be there before
             part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), self.found_inf
-            part.step()
+        loss = muon.step(closure)
+        adamw.step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

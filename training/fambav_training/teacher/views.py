@@ -239,7 +239,7 @@ class TeacherViews:
         return views, to_device(self._logits[chosen][:, self._classes].float(), pixels.device)
 
     @functools.cached_property
-    def _digest(self) -> str:
+    def _sha256(self) -> str:
         digest = hashlib.sha256(self._digests.tobytes())
         for values in (*self._crops, self._logits):
             digest.update(values.numpy().tobytes())
@@ -247,7 +247,7 @@ class TeacherViews:
 
     def fingerprint(self) -> str:
         """SHA-256 of what is stored: a folder of the same name may hold other views when a run is resumed."""
-        return self._digest
+        return self._sha256
 
 
 class ImagesWithRows(torch.utils.data.Dataset):
