@@ -19,6 +19,7 @@ from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.run.distillation import Teacher, load_teacher
+from fambav_training.sources import loading
 from fambav_training.teacher.views import Manifest, begin, digest_pixels, write_file
 
 
@@ -73,7 +74,8 @@ def store(args: argparse.Namespace) -> Manifest:
     split = args.train_split
     images = load_labeled_images(args.dataset_name, *columns, split, split)
     if args.model_name_or_path is not None:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        with loading(args.model_name_or_path, "--model_name_or_path"):
+            processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     else:
         size = {"height": args.image_size[0], "width": args.image_size[-1]}
         processor = ViTImageProcessorPil(size=size, do_convert_rgb=True)

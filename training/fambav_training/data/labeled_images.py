@@ -1,7 +1,6 @@
 """Image datasets: loading them, and finding their splits, images and labels."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from datasets import (
@@ -16,6 +15,8 @@ from datasets import (
 )
 from datasets import Image as ImageFeature
 from PIL import Image
+
+from fambav_training.sources import kind_of
 
 DIGITS = "digits"
 _VALIDATION_SHARE = 0.2
@@ -97,7 +98,7 @@ def _load(dataset_name: str, streaming: bool) -> DatasetDict | IterableDatasetDi
     try:
         return load_dataset(dataset_name, streaming=streaming)
     except Exception as error:  # load_dataset raises whatever its many readers raise
-        kind = "local folder" if Path(dataset_name).exists() else "Hub id (or a local folder that does not exist)"
+        kind = kind_of(dataset_name)
         raise DataError(f"--dataset_name {dataset_name}: this {kind} cannot be loaded: {error}") from error
 
 

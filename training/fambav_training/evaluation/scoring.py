@@ -16,6 +16,7 @@ from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.evaluation.metrics import evaluate, ranked_classes
 from fambav_training.fusion.settings import set_fusion
 from fambav_training.fusion.speed import measured_speedup
+from fambav_training.sources import loading
 from modeling_fambav import FambaVConfig
 
 logger = logging.get_logger(__name__)
@@ -31,11 +32,13 @@ def load_classifier(name: str, fusion: dict[str, Any]) -> tuple[PreTrainedModel,
         ValueError, StrictDataclassError: if the model is not one of ours, or a field has a wrong value.
         OSError: if there is no such model.
     """
-    model = AutoModelForImageClassification.from_pretrained(name)
+    with loading(name):
+        model = AutoModelForImageClassification.from_pretrained(name)
     if model.config.model_type != FambaVConfig.model_type:
         raise ValueError(f"{name}: expected a fambav model, this is {model.config.model_type!r}")
     set_fusion(model.config, fusion)
-    return model, AutoImageProcessor.from_pretrained(name)
+    with loading(name):
+        return model, AutoImageProcessor.from_pretrained(name)
 
 
 def label_indices(label_names: list[str], model: PreTrainedModel) -> list[int]:

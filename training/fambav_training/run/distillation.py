@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from fambav_training.evaluation.scoring import label_indices
 from fambav_training.fusion.settings import UNFUSED, set_fusion
+from fambav_training.sources import loading
 from fambav_training.teacher.input import TeacherInput
 from modeling_fambav import FambaVConfig
 
@@ -102,7 +103,8 @@ def load_teacher(
         OSError: if there is no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with loading(name, flag):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model, report = AutoModelForImageClassification.from_pretrained(
             name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True
         )

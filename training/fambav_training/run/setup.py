@@ -18,6 +18,7 @@ from fambav_training.machine.processor import has_bf16_arithmetic
 from fambav_training.release.hub import LOGS
 from fambav_training.run.arguments import TrainingArguments
 from fambav_training.run.distillation import Teacher, load_teacher
+from fambav_training.sources import loading
 from fambav_training.teacher.views import TeacherViews
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 
@@ -83,7 +84,8 @@ def create_model(
         processor = ViTImageProcessorPil(size={"height": height, "width": width}, do_convert_rgb=True)
         return FambaVForImageClassification(config), processor
 
-    config = AutoConfig.from_pretrained(checkpoint)
+    with loading(checkpoint, "--model_name_or_path"):
+        config = AutoConfig.from_pretrained(checkpoint)
     if config.model_type != FambaVConfig.model_type:
         raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
     model, report = FambaVForImageClassification.from_pretrained(
@@ -104,7 +106,8 @@ def create_model(
             f"--model_name_or_path {checkpoint}: its weights do not fit {changed}, among them "
             f"{sorted([*not_loaded, *report['unexpected_keys']])[0]}"
         )
-    return model, AutoImageProcessor.from_pretrained(checkpoint)
+    with loading(checkpoint, "--model_name_or_path"):
+        return model, AutoImageProcessor.from_pretrained(checkpoint)
 
 
 def create_teacher(
