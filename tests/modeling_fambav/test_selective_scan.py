@@ -67,8 +67,8 @@ def test_golden_reference():
     torch.testing.assert_close(last_state, golden["last_state"].unsqueeze(0), rtol=1e-4, atol=1e-5)
 
 
-# (directions, batch, tokens, channels, state): around the kernels' blocks of 16 and 64 channels, and chunks of 32 and
-# 72 tokens.
+# (directions, batch, tokens, channels, state): around the kernels' blocks of 16 and 64 channels, the last two of which
+# may overlap, and chunks of 32 and 72 tokens.
 SHAPES = [
     (1, 1, 1, 16, 1),
     (2, 3, 1, 33, 16),
@@ -79,6 +79,9 @@ SHAPES = [
     (2, 1, 65, 33, 16),
     (2, 1, 73, 33, 16),
     (2, 1, 144, 80, 4),
+    (2, 2, 40, 65, 5),
+    (1, 2, 9, 127, 4),
+    (2, 1, 33, 240, 4),
     (2, 1, 197, 192, 16),
     (1, 1, 1024, 33, 4),
     (2, 1, 1024, 16, 1),
