@@ -32,7 +32,9 @@ def conv_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel_size", [1, 3, 4])
-@pytest.mark.parametrize("shape", [(1, 2, 13, 33), (2, 3, 65, 192), (2, 1, 2, 16), (2, 2, 1, 17), (2, 2, 9, 65), (1, 2, 5, 240)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 13, 33), (2, 3, 65, 192), (2, 1, 2, 16), (2, 2, 1, 17), (2, 2, 9, 65), (1, 2, 5, 240)], ids=str
+)
 def test_convolution_equals_torchs_own(backend, shape, kernel_size, dtype):
     inputs = conv_inputs(*shape, kernel_size, dtype)
     results = scan_with_gradients(causal_conv1d, inputs)
