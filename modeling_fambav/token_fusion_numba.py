@@ -164,29 +164,47 @@ def _shares(shares, weights, new_index, b, num_tokens, num_kept):
         shares[t] /= totals[load_index(new_index, b, t)]
 
 
+@inlined
+def _sources(first, following, new_index, b, num_tokens):
+    """Write the first token of every place, (T - r,), and for every token the next one of its place, (T,), or -1."""
+    first[:] = -1
+    for t in range(num_tokens - 1, -1, -1):
+        place = load_index(new_index, b, t)
+        following[t] = first[place]
+        first[place] = t
+
+
 @kernel
 def _merge(address):
-    """new_index (B, T), weights (B, T), one or two pairs of values (B*T, D) -> merged (B*(T - r), D), zeros before."""
+    """new_index (B, T), weights (B, T), one or two pairs of values (B*T, D) -> merged (B*(T - r), D)."""
     job = open_job(address, 6)
     num_tokens, num_kept, width, num_pairs, _ = sizes(job)
     new_index, weights = rows(job, 0), rows(job, 1)
     shares = np.empty(num_tokens, np.float32)
+    first, following = np.empty(num_kept, np.int64), np.empty(num_tokens, np.int64)
     vectors = width // LANES * LANES
     while True:
         b = next_task(job)
         if b < 0:
             break
         _shares(shares, weights, new_index, b, num_tokens, num_kept)
+        _sources(first, following, new_index, b, num_tokens)
         for pair in range(num_pairs):
             values, merged = rows(job, 2 + 2 * pair), rows(job, 3 + 2 * pair)
-            for t in range(num_tokens):
-                source, target = b * num_tokens + t, b * num_kept + load_index(new_index, b, t)
-                share = full(shares[t])
+            for place in range(num_kept):
+                target = b * num_kept + place
                 for d in range(0, vectors, LANES):
-                    store(merged, target, d, load(merged, target, d) + share * load(values, source, d))
+                    total, t = full(np.float32(0.0)), first[place]
+                    while t >= 0:
+                        total = total + full(shares[t]) * load(values, b * num_tokens + t, d)
+                        t = following[t]
+                    store(merged, target, d, total)
                 for d in range(vectors, width):
-                    total = load_scalar(merged, target, d) + shares[t] * load_scalar(values, source, d)
-                    store_scalar(merged, target, d, total)
+                    rest, t = np.float32(0.0), first[place]
+                    while t >= 0:
+                        rest = rest + shares[t] * load_scalar(values, b * num_tokens + t, d)
+                        t = following[t]
+                    store_scalar(merged, target, d, rest)
 
 
 @kernel
@@ -316,7 +334,7 @@ def _merge_along(values: list[Tensor], new_index: Operand, num_kept: int, weight
     for tokens in values:
         rows_ = tokens.detach().float().contiguous().flatten(0, 1)
         operands.append(Operand("values", rows_, batch_size * num_tokens, width))
-        operands.append(buffer("merged", batch_size * num_kept, width, fill=0))
+        operands.append(buffer("merged", batch_size * num_kept, width))
     launch(_merge, batch_size, (num_tokens, num_kept, width, len(values)), operands)
     return _tokens(operands, num_kept, values)
 

@@ -15,7 +15,9 @@ from .numba_channels import (
     FLOATS,
     as_float32_rows,
     as_float_rows,
+    ceil_div,
     fetch_block,
+    first_channel,
     launch_blocks,
     pad_channels,
     row_dtype,
@@ -73,14 +75,14 @@ def _conv_forward(address):
     job = open_job(address, 4)
     num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
     x, weight, bias, out = float_rows(job, 0), rows(job, 1), rows(job, 2), float_rows(job, 3)
-    num_blocks = channels // BLOCK
+    num_blocks = ceil_div(channels, BLOCK)
     token_array = np.zeros((num_tokens + 2 * (kernel_size - 1), BLOCK), np.float32)
     tokens = scratch(token_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
-        b, start = task // num_blocks, task % num_blocks * BLOCK
+        b, start = task // num_blocks, first_channel(task % num_blocks, channels)
         _load_tokens(tokens, x, b, num_tokens, start, kernel_size)
         for g in range(num_directions):
             for t in range(num_tokens):
@@ -98,7 +100,7 @@ def _conv_backward(address):
     num_directions, batch_size, num_tokens, channels, kernel_size = sizes(job)
     weight, bias, dweight, dbias = rows(job, 1), rows(job, 2), rows(job, 5), rows(job, 6)
     x, dout, dx = float_rows(job, 0), float_rows(job, 3), float_rows(job, 4)
-    num_blocks = channels // BLOCK
+    num_blocks = ceil_div(channels, BLOCK)
     padded = num_tokens + 2 * (kernel_size - 1)
     token_array = np.zeros((padded, BLOCK), np.float32)
     du_array = np.zeros((num_directions * padded, BLOCK), np.float32)  # gradient before the SiLU
@@ -107,7 +109,7 @@ def _conv_backward(address):
         task = next_task(job)
         if task < 0:
             break
-        b, start = task // num_blocks, task % num_blocks * BLOCK
+        b, start = task // num_blocks, first_channel(task % num_blocks, channels)
         _load_tokens(tokens, x, b, num_tokens, start, kernel_size)
         for g in range(num_directions):
             first = g * padded + kernel_size - 1

@@ -2,6 +2,9 @@
 
 A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
 not depend on their number; sums over images or blocks are left to the caller.
+
+The last block ends with the channels, so it may begin within the one before. Both compute and write the same for the
+channels that both have, and sums over a block count those only once.
 """
 
 import torch
@@ -23,6 +26,20 @@ AHEAD = 4
 @inlined
 def ceil_div(number, divisor):
     return (number + divisor - 1) // divisor
+
+
+@inlined
+def first_channel(block, channels):
+    """Where a block begins."""
+    return min(block * BLOCK, channels - BLOCK)
+
+
+@inlined
+def mark_own(own, block, channels):
+    """Write 1 for every channel of a block that no block before it has, and 0 for the others."""
+    shared = block * BLOCK - first_channel(block, channels)
+    own[0, :shared] = 0.0
+    own[0, shared:] = 1.0
 
 
 @inlined
@@ -52,9 +69,9 @@ def as_float32_rows(tensor: Tensor) -> Tensor:
 
 
 def pad_channels(tensor: Tensor) -> Tensor:
-    """Zeros up to a whole number of blocks; the padded channels stay zero all the way."""
-    missing = -tensor.shape[-1] % BLOCK
-    return F.pad(tensor, (0, missing)) if missing else tensor
+    """Zeros up to one block, if there are fewer channels; the padded ones stay zero all the way."""
+    missing = BLOCK - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing > 0 else tensor
 
 
 def launch_blocks(kernel, shape: tuple[int, ...], operands: list[Operand]) -> None:

@@ -2,7 +2,8 @@
 
 selective_scan_numba.py puts them together and explains the names. What does not depend on the state (time steps, gate)
 has loops of its own, so that the recurrence is one loop over steps, vectors and states. `shape` is (G, B, T, E, N);
-arguments that end in s are scratch rows, a row a step or a token.
+arguments that end in s are scratch rows, a row a step or a token. `own` is 1 where a channel counts in sums over the
+block, see `mark_own`.
 """
 
 import numpy as np
@@ -157,14 +158,17 @@ def prepare_backward(x, dt, D, dt_bias, dt_scale, g, b, shape, start, first, ste
 
 
 @inlined
-def scan_chunk_again(A, B, C, dC, g, b, shape, start, first, steps, partial, deltas, xs, dys, ys, decays, h, lanes):
+def scan_chunk_again(
+    A, B, C, dC, g, b, shape, start, first, steps, partial, deltas, xs, dys, ys, decays, h, lanes, own
+):
     """The recurrence once more: decays, the state before every step in `h`, what they add to y, and dC."""
     num_tokens, state_size = shape[2], shape[4]
     for i in range(steps):
         t = _position(g, first + i, num_tokens)
         row = (g * shape[1] + b) * num_tokens + t
         for c in range(0, BLOCK, WIDE):
-            delta, y, dy = load_wide(deltas, i, c), load_wide(ys, t, c), load_wide(dys, t, c)
+            delta, y = load_wide(deltas, i, c), load_wide(ys, t, c)
+            own_dy = load_wide(dys, t, c) * load_wide(own, 0, c)
             drive = delta * load_wide(xs, i, c)
             for n in range(state_size):
                 decay = exp2_of_negative(delta * load_wide(A, g * state_size + n, start + c))
@@ -174,7 +178,7 @@ def scan_chunk_again(A, B, C, dC, g, b, shape, start, first, steps, partial, del
                 store(h, (i + 1) * state_size + n, c, h_n)
                 y = y + h_n * full_wide(load_scalar(C, row, n))
                 dC_n = full(_ZERO) if c == 0 else load(lanes, n, 0)
-                store(lanes, n, 0, add_products(dC_n, dy, h_n))
+                store(lanes, n, 0, add_products(dC_n, own_dy, h_n))
             store(ys, t, c, y)
         _reduce_rows(dC, partial + row, lanes, state_size)
 
@@ -182,7 +186,7 @@ def scan_chunk_again(A, B, C, dC, g, b, shape, start, first, steps, partial, del
 @inlined
 def adjoint_of_chunk(
     A, B, C, D, dx, ddt, dB, g, b, shape, start, first, steps, partial,
-    deltas, slopes, xs, dys, decays, h, carried, dA_sum, sums, lanes,
+    deltas, slopes, xs, dys, decays, h, carried, dA_sum, sums, lanes, own,
 ):  # fmt: skip
     """From the last step to the first: the adjoint of the state, and the gradients that it gives."""
     num_tokens, state_size, log_2 = shape[2], shape[4], np.float32(np.log(2.0))
@@ -192,12 +196,12 @@ def adjoint_of_chunk(
         _fetch_step(dx, ddt, row, 1 - g, start)
         for c in range(0, BLOCK, WIDE):
             delta, x_t, dy = load_wide(deltas, i, c), load_wide(xs, i, c), load_wide(dys, t, c)
-            drive = delta * x_t
+            own_drive = delta * x_t * load_wide(own, 0, c)
             d_drive, d_delta = full_wide(_ZERO), full_wide(_ZERO)
             for n in range(state_size):
                 adjoint = load_wide(carried, n, c) + dy * full_wide(load_scalar(C, row, n))
                 dB_n = full(_ZERO) if c == 0 else load(lanes, n, 0)
-                store(lanes, n, 0, add_products(dB_n, adjoint, drive))
+                store(lanes, n, 0, add_products(dB_n, adjoint, own_drive))
                 d_drive = d_drive + adjoint * full_wide(load_scalar(B, row, n))
                 adjoint = adjoint * load_wide(decays, i * state_size + n, c)
                 store(carried, n, c, adjoint)

@@ -27,7 +27,9 @@ from .numba_channels import (
     as_float_rows,
     ceil_div,
     fetch_block,
+    first_channel,
     launch_blocks,
+    mark_own,
     pad_channels,
     row_dtype,
 )
@@ -74,7 +76,7 @@ def _scan_forward(address):
     A, B, C, D = rows(job, 2), rows(job, 3), rows(job, 4), rows(job, 5)
     dt_bias, dt_scale, states = rows(job, 7), rows(job, 8), rows(job, 10)
     x, dt, z, out = float_rows(job, 0), float_rows(job, 1), float_rows(job, 6), float_rows(job, 9)
-    num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
+    num_blocks, num_chunks = ceil_div(channels, BLOCK), ceil_div(num_tokens, _CHUNK)
     h_array = np.empty((state_size, BLOCK), np.float32)
     delta_array, drive_array = np.empty((_CHUNK, BLOCK), np.float32), np.empty((_CHUNK, BLOCK), np.float32)
     sum_array = np.empty((num_tokens, BLOCK), np.float32)  # of y over the directions
@@ -83,7 +85,7 @@ def _scan_forward(address):
         task = next_task(job)
         if task < 0:
             break
-        b, start = task // num_blocks, task % num_blocks * BLOCK
+        b, start = task // num_blocks, first_channel(task % num_blocks, channels)
         sum_array[:] = 0.0
         for g in range(num_directions):
             h_array[:] = 0.0
@@ -113,7 +115,7 @@ def _scan_backward(address):
     dA, dB, dC, dD, ddt_bias = rows(job, 13), rows(job, 14), rows(job, 15), rows(job, 16), rows(job, 18)
     x, dt, z, dout = float_rows(job, 0), float_rows(job, 1), float_rows(job, 6), float_rows(job, 9)
     dx, ddt, dz = float_rows(job, 11), float_rows(job, 12), float_rows(job, 17)
-    num_blocks, num_chunks = channels // BLOCK, ceil_div(num_tokens, _CHUNK)
+    num_blocks, num_chunks = ceil_div(channels, BLOCK), ceil_div(num_tokens, _CHUNK)
     # Of a chunk; h[i] is the state before step i
     h_array = np.empty(((_CHUNK + 1) * state_size, BLOCK), np.float32)
     decay_array = np.empty((_CHUNK * state_size, BLOCK), np.float32)
@@ -128,17 +130,20 @@ def _scan_backward(address):
     dA_array = np.empty((state_size, BLOCK), np.float32)
     bias_array = np.empty((2, BLOCK), np.float32)  # of dD and ddt_bias
     lane_array = np.zeros((ceil_div(state_size, 4) * 4, LANES), np.float32)  # of dB_t and of dC_t
+    own_array = np.empty((1, BLOCK), np.float32)  # channels that count in these
     h, decays, deltas, slopes, xs = (
         scratch(h_array), scratch(decay_array), scratch(delta_array), scratch(slope_array), scratch(x_array)
     )  # fmt: skip
     dys, ys, dgates = scratch(dy_array), scratch(y_array), scratch(dgate_array)
     carried, dA_sum, sums, lanes = scratch(carried_array), scratch(dA_array), scratch(bias_array), scratch(lane_array)
+    own = scratch(own_array)
     while True:
         task = next_task(job)
         if task < 0:
             break
         b, block = task // num_blocks, task % num_blocks
-        start = block * BLOCK
+        start = first_channel(block, channels)
+        mark_own(own_array, block, channels)
         partial = block * num_directions * batch_size * num_tokens  # first row of the sums over this block
         y_array[:] = 0.0
         gradient_of_y(dout, z, b, shape, start, dys, dgates)
@@ -159,11 +164,11 @@ def _scan_backward(address):
                 else:
                     h_array[:state_size] = 0.0
                 scan_chunk_again(
-                    A, B, C, dC, g, b, shape, start, first, steps, partial, deltas, xs, dys, ys, decays, h, lanes
+                    A, B, C, dC, g, b, shape, start, first, steps, partial, deltas, xs, dys, ys, decays, h, lanes, own
                 )
                 adjoint_of_chunk(
                     A, B, C, D, dx, ddt, dB, g, b, shape, start, first, steps, partial,
-                    deltas, slopes, xs, dys, decays, h, carried, dA_sum, sums, lanes,
+                    deltas, slopes, xs, dys, decays, h, carried, dA_sum, sums, lanes, own,
                 )  # fmt: skip
             image_direction = b * num_directions + g
             copy_rows(dA, image_direction * state_size, start, dA_sum, 0, 0, state_size)
@@ -172,7 +177,7 @@ def _scan_backward(address):
         if z[0] != 0:
             gradient_of_gate(dz, b, shape, start, ys, dgates)
     keep((h_array, decay_array, x_array, delta_array, slope_array, dy_array, y_array, dgate_array))
-    keep((carried_array, dA_array, bias_array, lane_array))
+    keep((carried_array, dA_array, bias_array, lane_array, own_array))
 
 
 def _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale) -> tuple[list[Operand], tuple[int, ...]]:
