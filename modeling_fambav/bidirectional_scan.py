@@ -98,6 +98,17 @@ def _split(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor
     return low_rank_dt, B.unflatten(1, x.shape[1:3]), C.unflatten(1, x.shape[1:3])
 
 
+def _split_for_kernels(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_split`, with B and C as kernels read them.
+
+    On a CPU that is float32, and it takes less time to convert all of `chosen` than short parts of its rows.
+    """
+    low_rank_dt, B, C = _split(chosen, x, A)
+    if chosen.device.type == "cpu" and chosen.dtype != torch.float32:
+        _, B, C = _split(chosen.float(), x, A)
+    return low_rank_dt, B, C
+
+
 def _time_steps(low_rank_dt: Tensor, dt_proj: Tensor, x: Tensor) -> Tensor:
     """dt (G, B, T, E) before bias and softplus, a temporary tensor."""
     dt = temporary(tuple(x.shape), x.dtype, x.device)
@@ -131,7 +142,7 @@ def _compute(
     with temporaries():
         x = conv_kernels(backend).forward(x, conv_weight, conv_bias)
         chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
-        low_rank_dt, B, C = _split(chosen, x, A)
+        low_rank_dt, B, C = _split_for_kernels(chosen, x, A)
         dt = _time_steps(low_rank_dt, dt_proj, x)
     out, states = scan_kernels(backend).forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
     return out, chosen, states
@@ -169,12 +180,14 @@ def _compute_backward(
     # One product of so few results would leave most of a GPU idle: with 512 images it took ten times as long
     num_parts = 1 if xz.device.type == "cpu" else math.gcd(xz.shape[0], _GPU_PARTS)
     conv_input, z = xz.chunk(2, dim=-1)
+    dxz = xz.new_empty(xz.shape)
+    dconv_input, dz = dxz.chunk(2, dim=-1)
     with temporaries():
         x = conv.forward(conv_input, conv_weight, conv_bias)
-        low_rank_dt, B, C = _split(chosen, x, A)
+        low_rank_dt, B, C = _split_for_kernels(chosen, x, A)
         dt = _time_steps(low_rank_dt, dt_proj, x)
-        dx, ddt, dA, dB, dC, dD, dz, ddt_bias = scan_kernels(backend).backward(
-            dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states
+        dx, ddt, dA, dB, dC, dD, _, ddt_bias = scan_kernels(backend).backward(
+            dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, dz
         )
         del dt
         ddt = ddt.flatten(1, 2).to(xz.dtype)
@@ -186,8 +199,7 @@ def _compute_backward(
         dx_proj = _product_over_tokens(dchosen, x.flatten(1, 2), num_parts)
         dx = dx.to(xz.dtype)
         dx.flatten(1, 2).baddbmm_(dchosen, x_proj)
-        dconv_input, dconv_weight, dconv_bias = conv.backward(dx, conv_input, conv_weight, conv_bias)
-        dxz = torch.cat((dconv_input.to(xz.dtype), dz.to(xz.dtype)), dim=-1)
+        _, dconv_weight, dconv_bias = conv.backward(dx, conv_input, conv_weight, conv_bias, dconv_input)
     gradients = (dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD)
     return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs)]
 

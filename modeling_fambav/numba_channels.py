@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numba_jobs import Operand, inlined, launch
+from .numba_jobs import Operand, buffer, inlined, launch
 from .numba_vectors import LANES, prefetch
 
 # Dtypes of rows with a value per token and channel.
@@ -72,6 +72,21 @@ def pad_channels(tensor: Tensor) -> Tensor:
     """Zeros up to one block, if there are fewer channels; the padded ones stay zero all the way."""
     missing = BLOCK - tensor.shape[-1]
     return F.pad(tensor, (0, missing)) if missing > 0 else tensor
+
+
+def rows_of(name: str, place: Tensor, channels: int) -> Operand:
+    """Rows for a result that belongs in `place`, `(B, T, E)`: its own where a kernel can write them, else new ones."""
+    num_rows = place.shape[0] * place.shape[1]
+    if place.dtype == row_dtype(place) and place.shape[-1] == channels:
+        return Operand(name, place.flatten(0, 1), num_rows, channels, FLOATS)
+    return buffer(name, num_rows, channels, row_dtype(place))
+
+
+def put(result: Operand, place: Tensor) -> Tensor:
+    """`place` with the rows of `rows_of`, once a kernel has written them."""
+    if result.tensor.data_ptr() != place.data_ptr():
+        place.copy_(result.tensor[:, : place.shape[-1]].view(place.shape))
+    return place
 
 
 def launch_blocks(kernel, shape: tuple[int, ...], operands: list[Operand]) -> None:

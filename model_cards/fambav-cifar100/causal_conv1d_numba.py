@@ -20,7 +20,9 @@ from .numba_channels import (
     first_channel,
     launch_blocks,
     pad_channels,
+    put,
     row_dtype,
+    rows_of,
 )
 from .numba_functions import sigmoid
 from .numba_jobs import (
@@ -172,17 +174,20 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.tensor[:, : x.shape[-1]].contiguous().view(num_directions, *x.shape).to(x.dtype)
 
 
-def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, in bfloat16 if x is and else in float32, and of weight and bias, in float32."""
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dx: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, in its dtype and written to `dx` if that is given, and of weight and bias, in float32."""
     inputs, shape = _conv_inputs(x, weight, bias)
     num_directions, batch_size, num_tokens, channels, kernel_size = shape
     num_rows = batch_size * num_tokens
     dout = Operand("dout", as_float_rows(pad_channels(dout)), num_directions * num_rows, channels, FLOATS)
-    dx = buffer("dx", num_rows, channels, row_dtype(x))
+    dx = x.new_empty(x.shape) if dx is None else dx
+    dx_rows = rows_of("dx", dx, channels)
     dweight = buffer("dweight", batch_size * num_directions * kernel_size, channels)
     dbias = buffer("dbias", batch_size * num_directions, channels)
-    launch_blocks(_conv_backward, shape, [*inputs, dout, dx, dweight, dbias])
+    launch_blocks(_conv_backward, shape, [*inputs, dout, dx_rows, dweight, dbias])
     dweight = dweight.tensor.view(batch_size, num_directions, kernel_size, channels).sum(0)
     dbias = dbias.tensor.view(batch_size, num_directions, channels).sum(0)
     width = x.shape[-1]
-    return dx.tensor[:, :width].contiguous().view(x.shape), dweight[..., :width].mT, dbias[:, :width]
+    return put(dx_rows, dx), dweight[..., :width].mT, dbias[:, :width]

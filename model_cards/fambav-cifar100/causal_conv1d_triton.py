@@ -168,18 +168,21 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def conv_backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of weight and bias, in float32."""
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dx: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, in its dtype and written to `dx` if that is given, and of weight and bias, in float32."""
     batch_size, num_tokens, channels = x.shape
     num_directions, _, kernel_size = weight.shape
     rows, dout, weight, bias = as_rows(x), as_rows(dout), weight.mT.contiguous(), bias.contiguous()
     num_chunks = triton.cdiv(num_tokens, CHUNK)
-    dx = x.new_empty(x.shape)
+    dx_rows = x.new_empty(x.shape)
     sums = x.new_empty(batch_size * num_chunks, num_directions, kernel_size + 1, channels, dtype=torch.float32)
     launch(
         _conv_backward, (batch_size, num_chunks, triton.cdiv(channels, _BLOCK)),
-        dout, rows, weight, bias, dx, sums, *x.shape, dout.stride(0), rows.stride(0),
+        dout, rows, weight, bias, dx_rows, sums, *x.shape, dout.stride(0), rows.stride(0),
         NUM_DIRECTIONS=num_directions, KERNEL_SIZE=kernel_size, STEPS=STEPS, BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
     sums = sums.sum(0)
+    dx = dx_rows if dx is None else dx.copy_(dx_rows)
     return dx, sums[:, :-1].mT, sums[:, -1]

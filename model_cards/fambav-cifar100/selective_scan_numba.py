@@ -31,7 +31,9 @@ from .numba_channels import (
     launch_blocks,
     mark_own,
     pad_channels,
+    put,
     row_dtype,
+    rows_of,
 )
 from .numba_jobs import (
     Operand,
@@ -245,16 +247,22 @@ def scan_backward(
     dt_bias: Tensor | None,
     dt_scale: Tensor | None,
     states: Tensor,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of x, dt, A, B, C, D, z and dt_bias; that of an absent z is None.
+    """Gradients of x, dt, A, B, C, D, z and dt_bias.
 
-    Those of x, dt and z are in bfloat16 if these are, all others in float32."""
+    Those of x and dt are in bfloat16 if these are, that of z is in its dtype, all others are in float32. That of z is
+    written to `dz` if that is given, and None if z is absent.
+    """
     inputs, shape = _scan_inputs(x, dt, A, B, C, D, z, dt_bias, dt_scale)
     num_directions, batch_size, num_tokens, channels, state_size = shape
     image_rows, image_directions = batch_size * num_tokens, batch_size * num_directions
     num_rows, num_blocks = num_directions * image_rows, -(-channels // BLOCK)
     dout = Operand("dout", as_float_rows(pad_channels(dout)), image_rows, channels, FLOATS)
     states = Operand("states", states, *states_shape("numba", x, A, keep_states=True))
+    if z is not None:
+        dz = z.new_empty(z.shape) if dz is None else dz
+    dz_rows = Operand("dz", None, image_rows, channels) if dz is None else rows_of("dz", dz, channels)
     whole_fours = -(-state_size // 4) * 4
     outputs = [
         buffer("dx", num_rows, channels, row_dtype(x)),
@@ -263,11 +271,11 @@ def scan_backward(
         buffer("dB", num_blocks * num_rows, whole_fours),
         buffer("dC", num_blocks * num_rows, whole_fours),
         buffer("dD", image_directions, channels),
-        Operand("dz", None, image_rows, channels) if z is None else buffer("dz", image_rows, channels, row_dtype(z)),
+        dz_rows,
         buffer("ddt_bias", image_directions, channels),
     ]
     launch_blocks(_scan_backward, shape, [*inputs, dout, states, *outputs])
-    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = (output.tensor for output in outputs)
+    dx, ddt, dA, dB, dC, dD, _, ddt_bias = (output.tensor for output in outputs)
 
     def whole(tensor: Tensor, *leading: int) -> Tensor:
         return tensor[..., : x.shape[-1]].reshape(*leading, x.shape[-1])
@@ -280,6 +288,6 @@ def scan_backward(
         dB.view(num_blocks, *B.shape[:3], whole_fours)[..., :state_size].sum(0),
         dC.view(num_blocks, *C.shape[:3], whole_fours)[..., :state_size].sum(0),
         whole(dD, *images).sum(0),
-        None if z is None else whole(dz, batch_size, num_tokens),
+        None if dz is None else put(dz_rows, dz),
         whole(ddt_bias, *images).sum(0),
     )

@@ -382,9 +382,11 @@ def scan_forward(
     return _sum_of_directions(out), states
 
 
-def _sum_of_directions(results: Tensor) -> Tensor:
-    """(G, B, T, E) -> (B, T, E), added up in float32."""
-    return results.squeeze(0) if results.shape[0] == 1 else results.sum(0)
+def _sum_of_directions(results: Tensor, out: Tensor | None = None) -> Tensor:
+    """(G, B, T, E) -> (B, T, E), added up in float32; to `out` if it is given."""
+    if out is None and results.shape[0] == 1:
+        return results.squeeze(0)
+    return torch.sum(results, 0, out=out)
 
 
 def scan_backward(
@@ -399,10 +401,12 @@ def scan_backward(
     dt_bias: Tensor | None,
     dt_scale: Tensor | None,
     states: Tensor,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D, z and dt_bias.
 
-    Those of x, dt and z are in their dtype, the others in float32; that of an absent z is None.
+    Those of x, dt and z are in their dtype, the others in float32. That of z is written to `dz` if that is given, and
+    None if z is absent.
     """
     num_directions, batch_size, num_tokens, channels = x.shape
     options = _scan_options(_BACKWARD, x, A, z, dt_scale)
@@ -419,13 +423,14 @@ def scan_backward(
     dA = empty(batch_size, num_directions, state_size, channels)
     dB, dC = empty(num_blocks, *B.shape), empty(num_blocks, *C.shape)
     dD, ddt_bias = (empty(batch_size, num_directions, channels) for _ in range(2))
-    dz = None if z is None else z.new_empty(x.shape)
+    dz_of_directions = None if z is None else z.new_empty(x.shape)
     launch(
         _scan_backward, (batch_size, num_blocks, num_directions),
-        dout, *inputs, states, scratch, dx, ddt, dA, dB, dC, dD, dx if dz is None else dz, ddt_bias,
+        dout, *inputs, states, scratch, dx, ddt, dA, dB, dC, dD, dx if z is None else dz_of_directions, ddt_bias,
         batch_size, num_tokens, channels, state_size, triton.cdiv(num_tokens, _CHUNK),
         dout.stride(0), *(inputs[position].stride(0) for position in (0, 1, 3, 4, 6)),
         **options,
     )  # fmt: skip
-    dz = None if dz is None else _sum_of_directions(dz)
+    if dz_of_directions is not None:
+        dz = _sum_of_directions(dz_of_directions, dz)
     return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), dz, ddt_bias.sum(0)
