@@ -42,8 +42,8 @@ HAS_KERNELS = ("numba", "triton")
 CHUNK_STEPS = {"numba": 72, "triton": 32}
 # The first chunk whose states are kept: those of chunk 0 are zeros, which Triton's kernels read like all others.
 _FIRST_KEPT_CHUNK = {"numba": 1, "triton": 0}
-# Channels of the kept states come in whole blocks.
-VECTOR_CHANNELS = {"numba": 64, "triton": 1}
+# Kept states have at least as many channels: one block of a CPU kernel, see `pad_channels`.
+_FEWEST_CHANNELS = {"numba": 64, "triton": 1}
 
 _chosen: str | None = os.environ.get("FAMBAV_SCAN_BACKEND") or None
 _providers: dict[str, list[Callable]] = {name: [] for name in _BACKENDS}
@@ -69,8 +69,7 @@ def states_shape(backend: str, x: Tensor, A: Tensor, keep_states: bool) -> tuple
     """
     num_directions, batch_size, num_tokens, channels = x.shape
     num_chunks = -(-num_tokens // CHUNK_STEPS[backend]) - _FIRST_KEPT_CHUNK[backend] if keep_states else 0
-    lanes = VECTOR_CHANNELS[backend]
-    return num_directions * batch_size * num_chunks * A.shape[-1], -(-channels // lanes) * lanes
+    return num_directions * batch_size * num_chunks * A.shape[-1], max(channels, _FEWEST_CHANNELS[backend])
 
 
 def provides(backend: str) -> Callable[[Callable], Callable]:

@@ -1,10 +1,11 @@
 """Rows of channels: how the CPU kernels of the scan and of the convolution see tensors, and how they share them out.
 
-A task is one image and one block of channels. It owns its outputs, so that threads share nothing and the results do
-not depend on their number; sums over images or blocks are left to the caller.
+A task is one image and one block of channels. Sums over images or blocks are left to the caller, so that results do
+not depend on the number of threads.
 
-The last block ends with the channels, so it may begin within the one before. Both compute and write the same for the
-channels that both have, and sums over a block count those only once.
+The last block ends with the channels, so it may begin within the one before. Both write the same bits of the channels
+that both have, and sums over a block count these once. So no output may share memory with an input: one of the two
+would read what the other has written.
 """
 
 import torch

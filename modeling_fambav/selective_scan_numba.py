@@ -260,9 +260,11 @@ def scan_backward(
     num_rows, num_blocks = num_directions * image_rows, -(-channels // BLOCK)
     dout = Operand("dout", as_float_rows(pad_channels(dout)), image_rows, channels, FLOATS)
     states = Operand("states", states, *states_shape("numba", x, A, keep_states=True))
-    if z is not None:
+    if z is None:
+        dz, dz_rows = None, Operand("dz", None, image_rows, channels)
+    else:
         dz = z.new_empty(z.shape) if dz is None else dz
-    dz_rows = Operand("dz", None, image_rows, channels) if dz is None else rows_of("dz", dz, channels)
+        dz_rows = rows_of("dz", dz, channels)
     whole_fours = -(-state_size // 4) * 4
     outputs = [
         buffer("dx", num_rows, channels, row_dtype(x)),

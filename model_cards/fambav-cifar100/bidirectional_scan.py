@@ -98,13 +98,13 @@ def _split(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor
     return low_rank_dt, B.unflatten(1, x.shape[1:3]), C.unflatten(1, x.shape[1:3])
 
 
-def _split_for_kernels(chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_split`, with B and C as kernels read them.
+def _split_for_kernels(backend: str, chosen: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_split`, with B and C as the backend's kernels read them.
 
-    On a CPU that is float32, and it takes less time to convert all of `chosen` than short parts of its rows.
+    Those of numba read float32, and it takes less time to convert all of `chosen` than short parts of its rows.
     """
     low_rank_dt, B, C = _split(chosen, x, A)
-    if chosen.device.type == "cpu" and chosen.dtype != torch.float32:
+    if backend == "numba" and chosen.dtype != torch.float32:
         _, B, C = _split(chosen.float(), x, A)
     return low_rank_dt, B, C
 
@@ -142,7 +142,7 @@ def _compute(
     with temporaries():
         x = conv_kernels(backend).forward(x, conv_weight, conv_bias)
         chosen = torch.bmm(x.flatten(1, 2), x_proj.mT)
-        low_rank_dt, B, C = _split_for_kernels(chosen, x, A)
+        low_rank_dt, B, C = _split_for_kernels(backend, chosen, x, A)
         dt = _time_steps(low_rank_dt, dt_proj, x)
     out, states = scan_kernels(backend).forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, keep_states)
     return out, chosen, states
@@ -184,7 +184,7 @@ def _compute_backward(
     dconv_input, dz = dxz.chunk(2, dim=-1)
     with temporaries():
         x = conv.forward(conv_input, conv_weight, conv_bias)
-        low_rank_dt, B, C = _split_for_kernels(chosen, x, A)
+        low_rank_dt, B, C = _split_for_kernels(backend, chosen, x, A)
         dt = _time_steps(low_rank_dt, dt_proj, x)
         dx, ddt, dA, dB, dC, dD, _, ddt_bias = scan_kernels(backend).backward(
             dout, x, dt, A, B, C, D, z, dt_bias, dt_scale, states, dz

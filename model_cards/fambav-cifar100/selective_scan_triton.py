@@ -431,6 +431,5 @@ def scan_backward(
         dout.stride(0), *(inputs[position].stride(0) for position in (0, 1, 3, 4, 6)),
         **options,
     )  # fmt: skip
-    if dz_of_directions is not None:
-        dz = _sum_of_directions(dz_of_directions, dz)
+    dz = None if dz_of_directions is None else _sum_of_directions(dz_of_directions, dz)
     return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), dz, ddt_bias.sum(0)

@@ -155,10 +155,11 @@ def test_keeps_less_than_separate_operators_for_the_backward_pass():
     assert kept_bytes(bidirectional_scan) < 0.5 * kept_bytes(partial(bidirectional_scan_in_parts, "numba"))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 20, 3, 2, 4), (1, 80, 80, 3, 2, 4)], ids=str)
 @pytest.mark.parametrize("has_scale", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, has_scale):
-    inputs = mixer_inputs(2, 5, 20, 3, 2, 4, dtype=dtype)
+def test_opcheck(dtype, has_scale, shape):
+    inputs = mixer_inputs(*shape, dtype=dtype)
     inputs["x_proj"], inputs["dt_proj"] = inputs["x_proj"].to(dtype), inputs["dt_proj"].to(dtype)
     leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
     if not has_scale:

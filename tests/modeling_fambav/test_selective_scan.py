@@ -67,8 +67,8 @@ def test_golden_reference():
     torch.testing.assert_close(last_state, golden["last_state"].unsqueeze(0), rtol=1e-4, atol=1e-5)
 
 
-# (directions, batch, tokens, channels, state): around the kernels' blocks of 16 and 64 channels, the last two of which
-# may overlap, and chunks of 32 and 72 tokens.
+# (directions, batch, tokens, channels, state): around vectors of 16 channels, blocks of 64, of which the last one may
+# overlap the one before, and chunks of 32 and 72 tokens.
 SHAPES = [
     (1, 1, 1, 16, 1),
     (2, 3, 1, 33, 16),
@@ -415,10 +415,12 @@ def test_in_a_spawned_process():
 # ---- as torch operators ----
 
 
+# The second one keeps states, and its last two blocks of channels overlap
+@pytest.mark.parametrize("shape", [(2, 2, 5, 20, 3), (2, 1, 80, 80, 3)], ids=str)
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_of_the_scan(dtype, optional):
-    inputs = scan_inputs(2, 2, 5, 20, 3, dtype=dtype)
+def test_opcheck_of_the_scan(dtype, optional, shape):
+    inputs = scan_inputs(*shape, dtype=dtype)
     leaves = [tensor.requires_grad_(name != "dt_scale") for name, tensor in inputs.items()]
     if not optional:
         leaves[-3:] = [None, None, None]

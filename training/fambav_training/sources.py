@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 
 
 def kind_of(name: str) -> str:
@@ -14,12 +15,13 @@ def kind_of(name: str) -> str:
 
 @contextlib.contextmanager
 def loading(name: str, flag: str = "") -> Iterator[None]:
-    """Around `from_pretrained`, whose own errors name neither the model nor the flag.
+    """Around `from_pretrained`, whose own errors need not name the model, and do not name the flag.
 
     Raises:
-        OSError: with both, if there is no such model.
+        OSError: of one line that names both, if there is no such model, or a file of it is missing or damaged.
     """
     try:
         yield
-    except (OSError, HFValidationError) as error:
-        raise OSError(f"{flag} {name}: this {kind_of(name)} cannot be loaded: {error}".lstrip()) from error
+    except (OSError, HFValidationError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{flag} {name}: this {kind_of(name)} cannot be loaded: {reason}".lstrip()) from error

@@ -105,9 +105,9 @@ def load_teacher(
     try:
         with loading(name, flag):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model, report = AutoModelForImageClassification.from_pretrained(
-            name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+            model, report = AutoModelForImageClassification.from_pretrained(
+                name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     except ValueError as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
@@ -125,7 +125,8 @@ def load_teacher(
     if config.model_type == FambaVConfig.model_type:
         set_fusion(model.config, UNFUSED)
     try:
-        teachers_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with loading(name, flag):
+            teachers_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         prepare = TeacherInput(processor, teachers_processor)
         return Teacher(model.to(device), label_indices(label_names, model), prepare, name)
     except (AttributeError, KeyError) as error:

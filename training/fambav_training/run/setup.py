@@ -75,6 +75,7 @@ def create_model(
 
     Raises:
         ValueError: if the checkpoint is of another model, or its weights do not fit the fields in `overrides`.
+        OSError: if there is no such checkpoint, or a file of it is missing or damaged.
     """
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     checkpoint = args.model_name_or_path
@@ -88,15 +89,16 @@ def create_model(
         config = AutoConfig.from_pretrained(checkpoint)
     if config.model_type != FambaVConfig.model_type:
         raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
-    model, report = FambaVForImageClassification.from_pretrained(
-        checkpoint,
-        # Whatever the folder's: in half precision the steps of the optimizer and of the average are rounded away
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **labels,
-        **overrides,
-    )
+    with loading(checkpoint, "--model_name_or_path"):
+        model, report = FambaVForImageClassification.from_pretrained(
+            checkpoint,
+            # Whatever the folder's: in half precision the steps of the optimizer and of the average are rounded away
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **labels,
+            **overrides,
+        )
     # A new classifier is meant to be; anything else would be silently random.
     not_loaded = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     not_loaded = [name for name in not_loaded if not name.startswith("classifier.")]
