@@ -92,6 +92,19 @@ def test_equals_separate_operators_in_float64(backend, device, shape, dtype):
     assert_close(results, expected, dtype)
 
 
+def test_other_dtypes_than_those_of_the_kernels():
+    """What the CPU kernels compute in float32 is put into the gradient's own dtype, also without padded channels."""
+    set_selective_scan_backend("numba")
+    inputs = mixer_inputs(2, 33, 80, 4, 3, 4)
+    expected = results_of(bidirectional_scan, inputs)
+    for dtype, rtol in ((torch.float16, 5e-3), (torch.float64, 1e-4)):
+        results = results_of(bidirectional_scan, {**inputs, "xz": inputs["xz"].to(dtype)})
+        assert results["out"].dtype == results["xz"].dtype == dtype
+        for name, tensor in results.items():
+            scale = expected[name].abs().max()
+            torch.testing.assert_close(tensor.double() / scale, expected[name].double() / scale, rtol=rtol, atol=rtol)
+
+
 @pytest.mark.parametrize("num_parts", [1, 4, 64])
 def test_weights_gradients_are_added_up_in_parts(num_parts):
     """As on a GPU; the left one is a slice, as it is in the mixer."""
