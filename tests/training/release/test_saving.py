@@ -179,7 +179,8 @@ def test_card_names_the_split_that_was_scored(split):
     assert {result.dataset_split for result in create_card(config, results).data.eval_results} == {split}
 
 
-def test_card_names_a_dataset_of_the_hub_and_no_local_path(tmp_path):
+def test_card_names_a_dataset_of_the_hub_and_no_local_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a clone may have a folder of that name
     config = tiny_config()
     card = create_card(config, make_results(config, dataset="uoft-cs/cifar100"))
     assert card.data.datasets == ["uoft-cs/cifar100"]
