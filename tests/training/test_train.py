@@ -25,7 +25,7 @@ from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.metrics import evaluate
 from fambav_training.run import loaders, setup
 from support.child_process import REPOSITORY, run_python
-from support.helpers import save_classifier
+from support.helpers import random_tensor, save_classifier
 from support.training_runs import (
     FLAGS,
     command_line,
@@ -234,6 +234,22 @@ def test_fine_tuning_a_folder_in_half_precision_keeps_float32_weights(tmp_path, 
     assert model.config.dtype == torch.float32  # as what it is trained to is saved
     expected = half.float().state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("before, after", [("head", "middle"), ("middle", "head"), ("middle", "middle")])
+def test_class_token_moves_with_its_position_embedding(tmp_path, before, after):
+    save_classifier(tmp_path, cls_token_position=before)
+    args, names = train.TrainingArguments(model_name_or_path=str(tmp_path)), ["cat", "dog"]
+    given = setup.create_model(args, {}, names)[0].fambav.embeddings
+    moved = setup.create_model(args, {"cls_token_position": after}, names)[0].fambav.embeddings
+    assert moved.config.cls_token_position == after
+    pixel_values = random_tensor(1, 3, *given.config.image_height_width, seed=0)
+    (tokens, index), (expected, index_before) = moved(pixel_values), given(pixel_values)
+    assert index == (0 if after == "head" else given.config.num_patches // 2)
+    assert torch.equal(tokens[:, index], expected[:, index_before])
+    tokens, expected = ([*values[0].unbind()] for values in (tokens, expected))
+    del tokens[index], expected[index_before]
+    assert all(torch.equal(*pair) for pair in zip(tokens, expected, strict=True))
 
 
 def test_first_samples_of_a_sorted_dataset_are_of_all_classes(tmp_path):

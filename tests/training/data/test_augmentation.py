@@ -48,9 +48,9 @@ def test_shapes_and_dtypes_stay(flags, shape):
     images, targets = augment(given.clone(), **flags)
     assert (images.shape, images.dtype) == (given.shape, torch.float32)
     assert images.isfinite().all()
-    for labels in targets[:2]:
-        assert (labels.shape, labels.dtype) == ((shape[0],), torch.int64)
-        assert set(labels.tolist()) <= set(range(shape[0]))
+    for indices in (targets.labels, targets.partners):
+        assert (indices.shape, indices.dtype) == ((shape[0],), torch.int64)
+        assert set(indices.tolist()) <= set(range(shape[0]))
     assert targets.labels.tolist() == list(range(shape[0]))
     assert (targets.weights.shape, targets.weights.dtype) == ((shape[0],), torch.float32)
     assert ((0 <= targets.weights) & (targets.weights <= 1)).all()
@@ -94,7 +94,7 @@ def test_all_off_is_the_identity():
     given, labels = random_tensor(6, 3, 16, 16, seed=0).float(), torch.tensor([3, 1, 4, 1, 5, 9])
     images, targets = augment(given, labels)
     assert torch.equal(images, given)
-    assert torch.equal(targets.labels, labels) and torch.equal(targets.others, labels)
+    assert torch.equal(targets.labels, labels) and targets.partners.tolist() == list(range(6))
     assert (targets.weights == 1).all()
 
 
@@ -182,14 +182,24 @@ def test_mixup_shares_are_of_the_beta_distribution(alpha):
     assert fourth == pytest.approx(((samples - 0.5) ** 4).mean().item(), rel=0.04)
 
 
-def test_mixup_is_the_weighted_sum_of_two_images_and_names_their_labels():
+def test_mixup_is_the_weighted_sum_of_two_images_and_names_the_other():
     given = random_tensor(32, 3, 12, 20, seed=0).float()
     images, targets = augment(given, mixup_alpha=0.8)
-    assert targets.labels.tolist() == list(range(32)) and sorted(targets.others.tolist()) == list(range(32))
+    assert targets.labels.tolist() == list(range(32)) and sorted(targets.partners.tolist()) == list(range(32))
     weights = targets.weights.view(-1, 1, 1, 1)
-    expected = weights * given + (1 - weights) * given[targets.others]
+    expected = weights * given + (1 - weights) * given[targets.partners]
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
-    assert (targets.others != targets.labels).any()
+    assert (targets.partners != torch.arange(32)).any()
+
+
+@pytest.mark.parametrize("flags", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=str)
+def test_images_of_one_class_are_told_apart(flags):
+    """Where labels do not say which image was mixed in."""
+    given, labels = random_tensor(32, 3, 16, 16, seed=0).float(), torch.tensor([2, 5] * 16)
+    images, targets = augment(given, labels, **flags)
+    assert torch.equal(targets.labels, labels)
+    expected, alone = augment(given, torch.arange(32), **flags)
+    assert torch.equal(images, expected) and torch.equal(targets.partners, alone.partners)
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (12, 20)])
@@ -198,9 +208,9 @@ def test_cutmix_pastes_a_rectangle_and_weighs_by_the_pixels_kept(height, width):
     images, targets = augment(given, cutmix_alpha=1.0)
     assert targets.labels.tolist() == list(range(64))
     pasted = (images != given).any(dim=1)
-    expected = torch.where(pasted.unsqueeze(1), given[targets.others], given)
+    expected = torch.where(pasted.unsqueeze(1), given[targets.partners], given)
     assert torch.equal(images, expected)
-    mixed = targets.others != targets.labels
+    mixed = targets.partners != torch.arange(64)
     assert mixed.sum() > 50
     for mask, weight in zip(pasted[mixed], targets.weights[mixed]):
         assert mask.any(dim=1).sum() * mask.any(dim=0).sum() == mask.sum()  # a rectangle
@@ -218,7 +228,7 @@ def test_mixup_and_cutmix_take_turns_by_batch():
     given, mixed, pasted = random_tensor(16, 3, 8, 8, seed=0).float(), 0, 0
     for seed in range(60):
         images, targets = augment(given, seed=seed, mixup_alpha=1.0, cutmix_alpha=1.0)
-        is_pasted = ((images == given) | (images == given[targets.others])).all()
+        is_pasted = ((images == given) | (images == given[targets.partners])).all()
         pasted, mixed = pasted + is_pasted.item(), mixed + (not is_pasted)
     assert 18 < pasted < 42 and mixed == 60 - pasted
 
@@ -229,13 +239,14 @@ def test_mixup_and_cutmix_take_turns_by_batch():
 def soft_targets(targets: Targets, num_classes: int) -> Tensor:
     one_hot = torch.nn.functional.one_hot
     weights = targets.weights.unsqueeze(-1)
-    return weights * one_hot(targets.labels, num_classes) + (1 - weights) * one_hot(targets.others, num_classes)
+    others = targets.labels[targets.partners]
+    return weights * one_hot(targets.labels, num_classes) + (1 - weights) * one_hot(others, num_classes)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
 def test_loss_is_the_cross_entropy_against_mixed_probabilities(label_smoothing):
-    labels, others = (torch.from_numpy(np.random.default_rng(seed).integers(0, 7, 20)) for seed in (0, 1))
-    targets = Targets(labels, others, random_tensor(20, seed=0).sigmoid())
+    labels, partners = (torch.from_numpy(np.random.default_rng(i).integers(0, n, 20)) for i, n in enumerate((7, 20)))
+    targets = Targets(labels, partners, random_tensor(20, seed=0).sigmoid())
     logits, same_logits = (4 * random_tensor(20, 7, seed=1, dtype=torch.float64) for _ in range(2))
     loss = mixed_cross_entropy(logits.requires_grad_(), targets, label_smoothing)
     expected = torch.nn.functional.cross_entropy(
@@ -249,5 +260,5 @@ def test_loss_is_the_cross_entropy_against_mixed_probabilities(label_smoothing):
 
 def test_loss_of_unmixed_labels_is_the_usual_one():
     logits, labels = random_tensor(8, 5, seed=0), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
-    loss = mixed_cross_entropy(logits, Targets(labels, labels, torch.ones(8)), 0.0)
+    loss = mixed_cross_entropy(logits, Targets(labels, torch.arange(8).flip(0), torch.ones(8)), 0.0)
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)

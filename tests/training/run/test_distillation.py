@@ -97,6 +97,37 @@ def test_gradient_is_the_difference_of_the_probabilities():
     torch.testing.assert_close(student.grad, expected.detach())
 
 
+def random_mix(batch_size: int) -> Targets:
+    partners = torch.arange(batch_size).roll(1)
+    return Targets(torch.arange(batch_size), partners, random_tensor(batch_size, seed=4).sigmoid())
+
+
+@pytest.mark.parametrize("kind", distillation.DISTILLATION_LOSSES)
+def test_gradient_of_mixed_images_is_that_of_the_mixed_probabilities(kind):
+    student, teacher, targets = random_tensor(4, 6, seed=2).requires_grad_(), random_tensor(4, 6, seed=3), random_mix(4)
+    distillation_loss(student, teacher, 3.0, kind, targets).backward()
+    same_student = student.detach().clone().requires_grad_()
+    logits = (same_student, teacher) if kind == "kl" else map(distillation.standardize, (same_student, teacher))
+    log_probabilities, probabilities = (
+        score(values / 3, -1) for score, values in zip((torch.log_softmax, torch.softmax), logits)
+    )
+    weights = targets.weights.unsqueeze(-1)
+    mixed = weights * probabilities + (1 - weights) * probabilities[targets.partners]
+    (9.0 * -(mixed * log_probabilities).sum(-1).mean()).backward()
+    torch.testing.assert_close(student.grad, same_student.grad)
+
+
+@pytest.mark.parametrize("kind", distillation.DISTILLATION_LOSSES)
+def test_loss_of_mixed_images_is_the_mean_of_that_of_either(kind):
+    student, teacher, targets = random_tensor(3, 5, seed=0), random_tensor(3, 5, seed=1), random_mix(3)
+    own, partners = (
+        [distillation_loss(student[i : i + 1], rows[i : i + 1], 2.0, kind).item() for i in range(3)]
+        for rows in (teacher, teacher[targets.partners])
+    )
+    expected = statistics.fmean(w * a + (1 - w) * b for w, a, b in zip(targets.weights.tolist(), own, partners))
+    assert distillation_loss(student, teacher, 2.0, kind, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
 # ---- the teacher ----
 
 
@@ -155,7 +186,7 @@ def test_loss_of_a_run_is_the_mix_of_the_two(start, tmp_path, monkeypatch):
 
     def record_distillation(*arguments):
         seen.append(distillation_loss(*arguments).item())
-        assert arguments[2:] == (3.0, "standardized")
+        assert arguments[2:] == (3.0, "standardized", None)  # the teacher has seen the mixed images itself
         return distillation_loss(*arguments)
 
     monkeypatch.setattr(trainer, "mixed_cross_entropy", record)
@@ -329,9 +360,9 @@ def assert_refused(tmp_path: Path, monkeypatch, expected: list[str], **changes) 
         ({"distillation_loss": "mse"}, ["--distillation_loss mse", "['kl', 'standardized']"]),
         ({"distillation_weight": 0, "teacher_views": "x"}, ["--teacher_views x", "above 0"]),
         ({"teacher_views": "x", "teacher_name_or_path": "y"}, ["--teacher_views x", "no --teacher_name_or_path"]),
-        ({"teacher_views": "x"}, ["--teacher_views x", "--mixup_alpha 0, not 0.8"]),
+        ({"teacher_views": "x"}, ["--teacher_views x", "--random_erasing_prob 0, not 0.25"]),
         (
-            {"teacher_views": "x", "mixup_alpha": 0, "random_erasing_prob": 0},
+            {"teacher_views": "x", "random_erasing_prob": 0},
             ["x: expected teacher_views.json", "store_teacher_views.py"],
         ),
     ],

@@ -13,12 +13,13 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import store_teacher_views
 from fambav_training.data import crops as crops_module
+from fambav_training.data.augmentation import mixed_cross_entropy
 from fambav_training.data.crops import Crops, draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.data.pixels import CachedImages, normalize
-from fambav_training.run import setup
+from fambav_training.run import setup, trainer
 from fambav_training.run.checkpointing import CheckpointError
-from fambav_training.run.distillation import load_teacher
+from fambav_training.run.distillation import distillation_loss, load_teacher
 from fambav_training.teacher.views import MANIFEST, TeacherViews, TeacherViewsError
 from support.training_runs import FLAGS, read_results, train_here
 
@@ -228,6 +229,29 @@ def test_run_trains_on_stored_views_without_a_teacher(stored, tmp_path, monkeypa
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert read_results(tmp_path / "out")["arguments"]["teacher_views"] == str(stored)
+
+
+@pytest.mark.parametrize("mix", [{}, {"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=str)
+def test_mixed_views_are_taught_by_both_of_their_logits(stored, tmp_path, monkeypatch, mix):
+    losses, augmented = [], []
+
+    def record_loss(student_logits, teacher_logits, temperature, kind, targets):
+        losses.append((teacher_logits, targets))
+        return distillation_loss(student_logits, teacher_logits, temperature, kind, targets)
+
+    def record_targets(logits, targets, label_smoothing):
+        augmented.append(targets)
+        return mixed_cross_entropy(logits, targets, label_smoothing)
+
+    monkeypatch.setattr(trainer, "distillation_loss", record_loss)
+    monkeypatch.setattr(trainer, "mixed_cross_entropy", record_targets)
+    train_here(tmp_path / "out", **{**RUN, **mix}, teacher_views=stored)
+    assert len(losses) == 6
+    for (teacher_logits, targets), expected in zip(losses, augmented):
+        assert targets is (expected if mix else None)
+        assert len(teacher_logits) == len(expected.labels)
+    if mix:
+        assert any((targets.weights < 0.9).any() for targets in augmented)
 
 
 def test_resumed_run_ends_as_the_whole_one(stored, tmp_path):

@@ -3,6 +3,7 @@
 Crop, flip and erasing follow the paper's recipe (section 4), with kornia's per-sample operations.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import kornia.augmentation as K
@@ -13,21 +14,30 @@ from fambav_training.machine.transfer import to_device
 
 
 class Targets(NamedTuple):
-    """Labels of images that may each be a mix of two.
+    """Labels of images that may each be a mix of two of the batch.
 
     Attributes:
         labels (`Tensor` of shape `(B,)`): class of each image.
-        others (`Tensor` of shape `(B,)`): class of the image that was mixed in.
-        weights (`Tensor` of shape `(B,)`): share of `labels`; that of `others` is the rest.
+        partners (`Tensor` of shape `(B,)`): index of the image that was mixed in; its own where none was.
+        weights (`Tensor` of shape `(B,)`): share of the image itself; that of its partner is the rest.
     """
 
     labels: Tensor
-    others: Tensor
+    partners: Tensor
     weights: Tensor
+
+    def mean_loss(self, loss: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+        """The mean over the batch of a loss `(B,)` that is linear in the target: that of a mix is a mix of two.
+
+        Args:
+            loss: of a target for every image.
+            target: `(B, ...)`, of every image alone.
+        """
+        return (self.weights * loss(target) + (1 - self.weights) * loss(target[self.partners])).mean()
 
 
 def mixed_cross_entropy(logits: Tensor, targets: Targets, label_smoothing: float) -> Tensor:
-    """Mean cross-entropy `(B, classes)` against targets; linear in the target, so that of a mix is a mix of two.
+    """Mean cross-entropy of logits `(B, classes)` against labels that may be mixed.
 
     Outside the model, whose own loss would take float labels for a multi-label problem.
     """
@@ -35,8 +45,7 @@ def mixed_cross_entropy(logits: Tensor, targets: Targets, label_smoothing: float
     def loss(labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
 
-    mixed = targets.weights * loss(targets.labels) + (1 - targets.weights) * loss(targets.others)
-    return mixed.mean()
+    return targets.mean_loss(loss, targets.labels)
 
 
 class Augmentation:
@@ -66,6 +75,7 @@ class Augmentation:
             steps.append(K.RandomErasing(p=random_erasing_prob, scale=(0.02, 0.33), ratio=(0.3, 3.3)))
         self._single = nn.Sequential(*steps)
         self._mixup_alpha, self._cutmix_alpha = mixup_alpha, cutmix_alpha
+        self.mixes = mixup_alpha > 0 or cutmix_alpha > 0
         if cutmix_alpha > 0:
             keys = ["input", "class"]
             self._cutmix = K.RandomCutMixV2(beta=cutmix_alpha, p=1.0, data_keys=keys, use_correct_lambda=True)
@@ -78,7 +88,8 @@ class Augmentation:
             return self._cut_and_paste(images, labels)
         if self._mixup_alpha > 0:
             return self._mix(images, labels)
-        return images, Targets(labels, labels, torch.ones_like(labels, dtype=torch.float32))
+        own = torch.arange(len(labels), device=labels.device)
+        return images, Targets(labels, own, torch.ones_like(labels, dtype=torch.float32))
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
         # Not kornia's, whose shares are uniform instead of Beta(alpha, alpha)
@@ -87,9 +98,11 @@ class Augmentation:
         weights = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
         weights, order = (to_device(draw, images.device) for draw in (weights, torch.randperm(batch_size)))
         mixed = images.lerp(images[order], (1 - weights).view(-1, 1, 1, 1))
-        return mixed, Targets(labels, labels[order], weights)
+        return mixed, Targets(labels, order, weights)
 
     def _cut_and_paste(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
-        mixed, targets = self._cutmix(images, labels)  # (number of cuts = 1, B, [label, other, share of label])
-        label, other, share = targets[0].unbind(-1)
-        return mixed, Targets(label.long(), other.long(), share)
+        # Given indices for labels, it says which image it took the rectangle from
+        own = torch.arange(len(labels), device=labels.device)
+        mixed, cuts = self._cutmix(images, own)  # (number of cuts = 1, B, [own, partner, share of its own])
+        _, partners, shares = cuts[0].unbind(-1)
+        return mixed, Targets(labels, partners.long(), shares)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
+from fambav_training.data.augmentation import Targets
 from fambav_training.evaluation.scoring import label_indices
 from fambav_training.fusion.settings import UNFUSED, set_fusion
 from fambav_training.sources import loading
@@ -29,18 +30,33 @@ DISTILLATION_LOSSES = ("kl", "standardized")
 _EPSILON = 1e-8  # of a variance, for logits that are all the same
 
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, kind: str = "kl") -> Tensor:
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    kind: str = "kl",
+    targets: Targets | None = None,
+) -> Tensor:
     """The second term of the loss without its weight, a mean over the images.
 
     Args:
         student_logits, teacher_logits: `(B, classes)`.
         temperature: above 0; the higher, the more the classes count that the teacher finds unlikely.
         kind: one of `DISTILLATION_LOSSES`.
+        targets: if the student saw mixes of two images that the teacher had each seen alone, how they were mixed. The
+            student then learns the mix of what the teacher says of the two: its gradient is that of the divergence
+            from `share * softmax(teacher / T) + (1 - share) * softmax(partner's / T)`.
     """
     if kind == "standardized":
         student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
     student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
-    return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if targets is None:
+        return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    def divergence(log_probabilities: Tensor) -> Tensor:
+        return nn.functional.kl_div(student, log_probabilities, reduction="none", log_target=True).sum(-1)
+
+    return temperature**2 * targets.mean_loss(divergence, teacher)
 
 
 def standardize(logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from fambav_training.run.distillation import Teacher, load_teacher
 from fambav_training.sources import loading
 from fambav_training.teacher.views import TeacherViews
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
+from modeling_fambav.embeddings import FambaVEmbeddings
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +90,9 @@ def create_model(
         config = AutoConfig.from_pretrained(checkpoint)
     if config.model_type != FambaVConfig.model_type:
         raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
+    # Not as a field to load with, which would leave its position embedding behind
+    position = overrides.get("cls_token_position")
+    fields = {name: value for name, value in overrides.items() if name != "cls_token_position"}
     with loading(checkpoint, "--model_name_or_path"):
         model, report = FambaVForImageClassification.from_pretrained(
             checkpoint,
@@ -97,7 +101,7 @@ def create_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **labels,
-            **overrides,
+            **fields,
         )
     # A new classifier is meant to be; anything else would be silently random.
     not_loaded = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
@@ -108,8 +112,21 @@ def create_model(
             f"--model_name_or_path {checkpoint}: its weights do not fit {changed}, among them "
             f"{sorted([*not_loaded, *report['unexpected_keys']])[0]}"
         )
+    if position is not None:
+        _move_class_token(model.fambav.embeddings, position)
     with loading(checkpoint, "--model_name_or_path"):
         return model, AutoImageProcessor.from_pretrained(checkpoint)
+
+
+@torch.no_grad()
+def _move_class_token(embeddings: FambaVEmbeddings, cls_token_position: str) -> None:
+    """Put the class token elsewhere among the patches; it and they keep their position embeddings."""
+    rows, num_patches = embeddings.position_embeddings, embeddings.config.num_patches
+    index = embeddings.class_index_of(num_patches)
+    own, patches = rows[:, index : index + 1], torch.cat((rows[:, :index], rows[:, index + 1 :]), dim=1)
+    embeddings.config.cls_token_position = cls_token_position
+    index = embeddings.class_index_of(num_patches)
+    rows.copy_(torch.cat((patches[:, :index], own, patches[:, index:]), dim=1))
 
 
 def create_teacher(
