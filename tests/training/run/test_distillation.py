@@ -104,7 +104,8 @@ def random_mix(batch_size: int) -> Targets:
 
 @pytest.mark.parametrize("kind", distillation.DISTILLATION_LOSSES)
 def test_gradient_of_mixed_images_is_that_of_the_mixed_probabilities(kind):
-    student, teacher, targets = random_tensor(4, 6, seed=2).requires_grad_(), random_tensor(4, 6, seed=3), random_mix(4)
+    student, teacher = random_tensor(4, 6, seed=2).requires_grad_(), random_tensor(4, 6, seed=3)
+    targets = random_mix(4)
     distillation_loss(student, teacher, 3.0, kind, targets).backward()
     same_student = student.detach().clone().requires_grad_()
     logits = (same_student, teacher) if kind == "kl" else map(distillation.standardize, (same_student, teacher))
