@@ -42,6 +42,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--random_crop_padding", type=int, help="pixels; an eighth of the side if not given")
     parser.add_argument("--horizontal_flip_prob", type=float, default=0.5, help="probability of a mirrored view")
     parser.add_argument("--batch_size", type=int, default=128, help="images that the teacher sees at once")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="bf16: the teacher's products in bfloat16, much faster where the processor or GPU has it",
+    )
     parser.add_argument("--images_per_file", type=int, default=2000, help="what a stopped command loses at most")
     parser.add_argument(
         "--teacher_trust_remote_code", action="store_true", help="run code that comes with the teacher"
@@ -96,6 +102,7 @@ def store(args: argparse.Namespace) -> Manifest:
         horizontal_flip_prob=args.horizontal_flip_prob,
         views=args.views,
         seed=args.seed,
+        mixed_precision=args.mixed_precision,
         label_names=images.label_names,
         images=len(pixels),
         images_per_file=args.images_per_file,
@@ -123,7 +130,8 @@ def _score(teacher: Teacher, pixels, crops, processor, manifest: Manifest, batch
     crops = type(crops)(*(values.flatten() for values in crops))
     views = take_crops(pixels, crops, manifest.padding, torch.tensor(manifest.fill, dtype=torch.uint8))
     batches = (normalize(batch.to(device), processor) for batch in views.split(batch_size))
-    logits = torch.cat([teacher(batch).float().cpu() for batch in batches])
+    with torch.autocast(device.type, torch.bfloat16, enabled=manifest.mixed_precision == "bf16"):
+        logits = torch.cat([teacher(batch).float().cpu() for batch in batches])
     return logits.unflatten(0, (-1, manifest.views))
 
 

@@ -96,6 +96,23 @@ def test_stored_logits_are_the_teachers_of_the_stored_views(teacher, stored):
         torch.testing.assert_close(torch.from_numpy(row["logits"]).float(), expected, rtol=2e-3, atol=2e-3)
 
 
+def test_views_in_bfloat16_are_nearly_those_in_float32(teacher, tmp_path):
+    words = [*VIEWS, "--max_train_samples", "60", "--mixed_precision", "bf16"]
+    args = store_teacher_views.parse([str(teacher), str(tmp_path / "half"), *words])
+    assert store_teacher_views.store(args).mixed_precision == "bf16"
+    words[-1] = "no"
+    store_teacher_views.store(store_teacher_views.parse([str(teacher), str(tmp_path / "full"), *words]))
+    half, full = (
+        torch.from_numpy(load_dataset(str(tmp_path / name), split="train").with_format("numpy")["logits"][:]).float()
+        for name in ("half", "full")
+    )
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0, atol=0.05 * full.std().item())
+    args = store_teacher_views.parse([str(teacher), str(tmp_path / "half"), *words])
+    with pytest.raises(TeacherViewsError, match="holds views with mixed_precision bf16, not no"):
+        store_teacher_views.store(args)
+
+
 def test_stopped_command_goes_on_and_ends_as_the_whole_one(teacher, stored, tmp_path, monkeypatch):
     folder, write, calls = tmp_path / "views", store_teacher_views.write_file, []
 

@@ -47,6 +47,7 @@ class Manifest:
         image_height, image_width: size of the student's images in pixels.
         fill: colour of the padding, that of a normalised zero.
         padding, horizontal_flip_prob, views, seed: of the views.
+        mixed_precision: "bf16" if the teacher's products were in bfloat16, else "no".
         label_names: class of each logit.
         images, images_per_file: how many there are, and how many to a file.
     """
@@ -66,6 +67,7 @@ class Manifest:
     images: int
     images_per_file: int
     teacher_pretrained_on: str | None = None
+    mixed_precision: str = "no"
     format: int = _FORMAT
 
     @property
