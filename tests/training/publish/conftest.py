@@ -13,7 +13,7 @@ from fambav_training.release.saving import save_release
 from modeling_fambav import FambaVForImageClassification
 from support.helpers import tiny_config
 from support.hub_server import HubServer, Repository, User
-from support.releases import LEFT_BEHIND, READ_TOKEN, RESULTS, TOKEN, add_repository
+from support.releases import LEFT_BEHIND, READ_TOKEN, TOKEN, add_repository, make_results
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def release(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "release"
     torch.manual_seed(0)
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    save_release(folder, FambaVForImageClassification(tiny_config()), processor, RESULTS)
+    model = FambaVForImageClassification(tiny_config())
+    save_release(folder, model, processor, make_results(model.config))
     (folder / "metrics.jsonl").write_text('{"loss": 0.5}\n')
     for name in LEFT_BEHIND:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
