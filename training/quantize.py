@@ -22,6 +22,7 @@ from fambav_training.evaluation.scoring import label_indices, load_classifier
 from fambav_training.export.onnx_file import check_packages, exported_file
 from fambav_training.export.precisions import all_precisions, measure_precisions, precision_table
 from fambav_training.export.quantization import METHODS
+from fambav_training.machine.memory import keep_freed_memory
 from fambav_training.machine.provenance import environment
 from fambav_training.release.quantized import base_model_of, write_quantized_release
 
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
+    keep_freed_memory()
     args = parse_command_line()
     with one_line_errors():
         table = run(args)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fambav_training.machine.memory import keep_freed_memory
 from fambav_training.markdown import markdown_table
 from fambav_training.run.optimization import create_optimizer
 from modeling_fambav import FambaVBackbone, FambaVConfig
@@ -174,6 +175,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    keep_freed_memory()
     print(table(compare(parse_arguments())))
 
 

@@ -18,6 +18,7 @@ from fambav_training.cli import one_line_errors
 from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
+from fambav_training.machine.memory import keep_freed_memory
 from fambav_training.run.distillation import Teacher, load_teacher
 from fambav_training.sources import loading
 from fambav_training.teacher.views import Manifest, begin, digest_pixels, write_file
@@ -136,6 +137,7 @@ def _score(teacher: Teacher, pixels, crops, processor, manifest: Manifest, batch
 
 
 def main() -> None:
+    keep_freed_memory()
     args = parse()
     with one_line_errors():
         manifest = store(args)

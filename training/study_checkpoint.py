@@ -15,6 +15,7 @@ from fambav_training.cli import one_line_errors
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.scoring import Scorer, load_classifier
 from fambav_training.evaluation.study import study
+from fambav_training.machine.memory import keep_freed_memory
 from fambav_training.release.model_card import create_card
 from fambav_training.release.saving import RESULTS_FILE, release_files
 
@@ -58,6 +59,7 @@ def study_checkpoint(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()
     args = parse()
     with one_line_errors():
         study_checkpoint(args)

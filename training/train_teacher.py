@@ -26,6 +26,7 @@ from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import LabeledImages, load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.files import atomic_folder
+from fambav_training.machine.memory import keep_freed_memory
 
 # As the weights were trained: pixels from -1 to 1, nearly
 _MEAN, _STD = 127 / 255, 128 / 255
@@ -159,6 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    keep_freed_memory()
     args = parse()
     with one_line_errors():
         images = load_labeled_images(
