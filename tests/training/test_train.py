@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import train
 from fambav_training.cli import parse_arguments
 from fambav_training.data.labeled_images import load_labeled_images
 from fambav_training.evaluation.metrics import evaluate
+from fambav_training.machine import processor
 from fambav_training.run import loaders, setup
 from support.child_process import REPOSITORY, run_python
 from support.helpers import random_tensor, save_classifier
@@ -74,13 +74,10 @@ def trained(tmp_path_factory) -> Path:
     return folder / "runs" / "first"
 
 
-@pytest.mark.parametrize(
-    "precision, has_arithmetic, warns",
-    [("bf16", False, True), ("bf16", True, False), ("no", False, False), ("bf16", None, False)],
-)
-def test_bf16_without_its_arithmetic_is_said_to_be_slow(precision, has_arithmetic, warns, monkeypatch, caplog):
-    monkeypatch.setattr(setup, "has_bf16_arithmetic", lambda: has_arithmetic)
-    setup.warn_of_slow_precision(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
+@pytest.mark.parametrize("precision, warns", [("bf16", True), ("no", False)])
+def test_bf16_without_its_arithmetic_is_said_to_be_slow(precision, warns, monkeypatch, caplog):
+    monkeypatch.setattr(processor, "has_bf16_arithmetic", lambda: False)
+    setup.create_accelerator(train.TrainingArguments(mixed_precision=precision, cpu=True))
     assert ("--mixed_precision no is faster" in caplog.text) is warns
 
 

@@ -1,4 +1,4 @@
-"""Whether the processor has bfloat16 arithmetic, from what Linux says of it."""
+"""Whether the processor has bfloat16 arithmetic, from what Linux says of it, and what follows."""
 
 import pytest
 
@@ -20,3 +20,10 @@ def test_flags_of_the_processor(text, expected, tmp_path, monkeypatch):
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
     assert processor.has_bf16_arithmetic() is expected
+
+
+@pytest.mark.parametrize("has_arithmetic, warns", [(False, True), (True, False), (None, False)])
+def test_bfloat16_without_its_arithmetic_is_said_to_be_slow(has_arithmetic, warns, monkeypatch, caplog):
+    monkeypatch.setattr(processor, "has_bf16_arithmetic", lambda: has_arithmetic)
+    processor.warn_of_slow_bfloat16()
+    assert ("--mixed_precision no is faster" in caplog.text) is warns

@@ -140,6 +140,16 @@ def test_other_settings_need_another_folder(teacher, stored, tmp_path):
         store_teacher_views.store(args)
 
 
+def test_folder_older_than_a_setting_holds_what_its_default_says(teacher, stored, tmp_path):
+    shutil.copytree(stored, tmp_path / "views")
+    manifest = json.loads((stored / MANIFEST).read_text())
+    del manifest["mixed_precision"]
+    (tmp_path / "views" / MANIFEST).write_text(json.dumps(manifest))
+    args = store_teacher_views.parse([str(teacher), str(tmp_path / "views"), *VIEWS])
+    assert store_teacher_views.store(args).mixed_precision == "no"
+    assert TeacherViews(tmp_path / "views", NAMES).fingerprint() == TeacherViews(stored, NAMES).fingerprint()
+
+
 def test_folder_with_something_else_is_refused(teacher, tmp_path):
     (tmp_path / "thesis.tex").touch()
     args = store_teacher_views.parse([str(teacher), str(tmp_path), *VIEWS])
@@ -250,7 +260,11 @@ def test_run_trains_on_stored_views_without_a_teacher(stored, tmp_path, monkeypa
 
 @pytest.mark.parametrize("mix", [{}, {"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=str)
 def test_mixed_views_are_taught_by_both_of_their_logits(stored, tmp_path, monkeypatch, mix):
-    losses, augmented = [], []
+    drawn, losses, augmented, draw = [], [], [], TeacherViews.draw
+
+    def record_views(self, pixels, rows):
+        drawn.append(draw(self, pixels, rows))
+        return drawn[-1]
 
     def record_loss(student_logits, teacher_logits, temperature, kind, targets):
         losses.append((teacher_logits, targets))
@@ -260,23 +274,26 @@ def test_mixed_views_are_taught_by_both_of_their_logits(stored, tmp_path, monkey
         augmented.append(targets)
         return mixed_cross_entropy(logits, targets, label_smoothing)
 
+    monkeypatch.setattr(TeacherViews, "draw", record_views)
     monkeypatch.setattr(trainer, "distillation_loss", record_loss)
     monkeypatch.setattr(trainer, "mixed_cross_entropy", record_targets)
     train_here(tmp_path / "out", **{**RUN, **mix}, teacher_views=stored)
     assert len(losses) == 6
-    for (teacher_logits, targets), expected in zip(losses, augmented):
+    for (_, logits), (teacher_logits, targets), expected in zip(drawn, losses, augmented, strict=True):
+        assert torch.equal(teacher_logits, logits)
         assert targets is (expected if mix else None)
-        assert len(teacher_logits) == len(expected.labels)
     if mix:
         assert any((targets.weights < 0.9).any() for targets in augmented)
 
 
-def test_resumed_run_ends_as_the_whole_one(stored, tmp_path):
-    train_here(tmp_path / "whole", **RUN, teacher_views=stored, checkpointing_steps=4)
+@pytest.mark.parametrize("mixup_alpha", [0, 0.8])
+def test_resumed_run_ends_as_the_whole_one(stored, tmp_path, mixup_alpha):
+    flags = {**RUN, "mixup_alpha": mixup_alpha}
+    train_here(tmp_path / "whole", **flags, teacher_views=stored, checkpointing_steps=4)
     checkpoint = Path("checkpoints") / "step_000004"
     shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "out" / checkpoint)
     shutil.copytree(stored, tmp_path / "moved")  # what counts is what it holds
-    train_here(tmp_path / "out", **RUN, teacher_views=tmp_path / "moved", resume_from_checkpoint="latest")
+    train_here(tmp_path / "out", **flags, teacher_views=tmp_path / "moved", resume_from_checkpoint="latest")
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert whole == resumed
 
@@ -298,3 +315,7 @@ def test_card_says_what_the_teacher_had_seen(stored, tmp_path):
     assert f"80% of the loss came from a teacher, `{manifest['teacher']}`, at temperature 2.0" in card
     assert "on standardized logits. It had seen 3 views of every training image. The teacher was pretrained on" in card
     assert "pretrained on ImageNet-1k" in card
+    assert "mixes of two" not in card
+    train_here(tmp_path / "mixed", **RUN, teacher_views=tmp_path / "views", cutmix_alpha=0.5)
+    card = " ".join((tmp_path / "mixed" / "README.md").read_text().split())
+    assert "It had seen 3 views of every training image, of which this model saw mixes of two. The teacher" in card

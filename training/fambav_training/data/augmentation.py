@@ -27,11 +27,14 @@ class Targets(NamedTuple):
     weights: Tensor
 
     def mean_loss(self, loss: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-        """The mean over the batch of a loss `(B,)` that is linear in the target: that of a mix is a mix of two.
+        """The mean over the batch of a loss, that of a mixed image being the mix of its losses against two targets.
 
         Args:
-            loss: of a target for every image.
+            loss: from targets `(B, ...)` to a loss `(B,)` of every image.
             target: `(B, ...)`, of every image alone.
+
+        Returns:
+            a scalar.
         """
         return (self.weights * loss(target) + (1 - self.weights) * loss(target[self.partners])).mean()
 
@@ -39,7 +42,8 @@ class Targets(NamedTuple):
 def mixed_cross_entropy(logits: Tensor, targets: Targets, label_smoothing: float) -> Tensor:
     """Mean cross-entropy of logits `(B, classes)` against labels that may be mixed.
 
-    Outside the model, whose own loss would take float labels for a multi-label problem.
+    It is linear in the target, so that this is the cross-entropy against mixed probabilities. Outside the model, whose
+    own loss would take float labels for a multi-label problem.
     """
 
     def loss(labels: Tensor) -> Tensor:
@@ -52,6 +56,9 @@ class Augmentation:
     """Normalised images `(B, C, H, W)` and labels `(B,)` to augmented images and `Targets`.
 
     All randomness comes from torch's generator of the CPU, which the trainer seeds before every batch.
+
+    Attributes:
+        mixes: whether images are mixed, by mixup or cutmix.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class Augmentation:
         return mixed, Targets(labels, order, weights)
 
     def _cut_and_paste(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
-        # Given indices for labels, it says which image it took the rectangle from
+        # kornia returns the labels of both images; given indices instead, it says where the rectangle came from
         own = torch.arange(len(labels), device=labels.device)
         mixed, cuts = self._cutmix(images, own)  # (number of cuts = 1, B, [own, partner, share of its own])
         _, partners, shares = cuts[0].unbind(-1)

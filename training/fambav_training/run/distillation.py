@@ -5,7 +5,8 @@
 by Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015, arXiv:1503.02531), section 2. The
 gradient of the second term falls as 1 / T^2, so T^2 keeps the shares of the two terms whatever the temperature T is.
 With `standardized` logits, by Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024,
-arXiv:2403.01427), the student has to find the teacher's order and distances of the classes, not its scale.
+arXiv:2403.01427), the student has to find the teacher's order and distances of the classes, not its scale. Of an image
+that is a mix of two which the teacher has seen alone, both terms are the mix of those of the two.
 
 A model in which fusion was switched on has a natural teacher: itself, with all its tokens. Any other image classifier
 can be one too.

@@ -12,9 +12,8 @@ from huggingface_hub import get_token
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from transformers.utils import logging
 
-from fambav_training.machine.processor import has_bf16_arithmetic
+from fambav_training.machine.processor import warn_of_slow_bfloat16
 from fambav_training.release.hub import LOGS
 from fambav_training.run.arguments import TrainingArguments
 from fambav_training.run.distillation import Teacher, load_teacher
@@ -22,8 +21,6 @@ from fambav_training.sources import loading
 from fambav_training.teacher.views import TeacherViews
 from modeling_fambav import FambaVConfig, FambaVForImageClassification
 from modeling_fambav.embeddings import FambaVEmbeddings
-
-logger = logging.get_logger(__name__)
 
 # The average of the weights is a copy of the model, and the release is saved by one process.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -45,7 +42,8 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / LOGS),
     )
     use_all_cores(accelerator)
-    warn_of_slow_precision(accelerator)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        warn_of_slow_bfloat16()
     set_seed(args.seed)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(f"{accelerator.distributed_type.value}: expected a setting that keeps the model whole")
@@ -60,19 +58,12 @@ def use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(torch.get_num_threads(), cores // local_processes))
 
 
-def warn_of_slow_precision(accelerator: Accelerator) -> None:
-    """bfloat16 saves memory everywhere, and time only on a processor that multiplies it."""
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and has_bf16_arithmetic() is False:
-        logger.warning(
-            "--mixed_precision bf16: this processor has no bfloat16 arithmetic, a step takes longer than in float32; "
-            "--mixed_precision no is faster"
-        )
-
-
 def create_model(
     args: TrainingArguments, overrides: dict[str, Any], label_names: list[str]
 ) -> tuple[FambaVForImageClassification, BaseImageProcessor]:
     """The model and its image processor, new or from a checkpoint, with the labels of the data.
+
+    The class token of a checkpoint can be put elsewhere by `cls_token_position`; its position embedding goes with it.
 
     Raises:
         ValueError: if the checkpoint is of another model, or its weights do not fit the fields in `overrides`.
@@ -91,8 +82,9 @@ def create_model(
     if config.model_type != FambaVConfig.model_type:
         raise ValueError(f"--model_name_or_path {checkpoint}: expected a fambav model, this is {config.model_type!r}")
     # Not as a field to load with, which would leave its position embedding behind
-    position = overrides.get("cls_token_position")
-    fields = {name: value for name, value in overrides.items() if name != "cls_token_position"}
+    fields = dict(overrides)
+    if "cls_token_position" in fields:
+        config.cls_token_position = fields.pop("cls_token_position")
     with loading(checkpoint, "--model_name_or_path"):
         model, report = FambaVForImageClassification.from_pretrained(
             checkpoint,
@@ -107,13 +99,12 @@ def create_model(
     not_loaded = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     not_loaded = [name for name in not_loaded if not name.startswith("classifier.")]
     if not_loaded or report["unexpected_keys"]:
-        changed = {name: value for name, value in overrides.items() if getattr(config, name) != value}
+        changed = {name: value for name, value in fields.items() if getattr(config, name) != value}
         raise ValueError(
             f"--model_name_or_path {checkpoint}: its weights do not fit {changed}, among them "
             f"{sorted([*not_loaded, *report['unexpected_keys']])[0]}"
         )
-    if position is not None:
-        _move_class_token(model.fambav.embeddings, position)
+    _move_class_token(model.fambav.embeddings, config.cls_token_position)
     with loading(checkpoint, "--model_name_or_path"):
         return model, AutoImageProcessor.from_pretrained(checkpoint)
 

@@ -251,10 +251,10 @@ class Trainer:
                 if teacher_logits is None:
                     with accelerator.autocast():
                         teacher_logits = self.teacher(images)
-                how = args.distillation_temperature, args.distillation_loss
                 # A teacher in memory has seen the mixed images
                 mixed = targets if rows is not None and self.augment.mixes else None
-                distilled = distillation_loss(logits.float(), teacher_logits.float(), *how, mixed)
+                temperature, kind = args.distillation_temperature, args.distillation_loss
+                distilled = distillation_loss(logits.float(), teacher_logits.float(), temperature, kind, mixed)
                 loss = loss.lerp(distilled, args.distillation_weight)
             accelerator.backward(loss)
             self._batch_losses.append(loss.detach())
