@@ -58,6 +58,8 @@ def test_earlier_releases_are_as_they_were_scored():
     assert f"17 epochs ended with {accuracies[0]} after {minutes[0]} minutes" in text
     assert f"22 more with {accuracies[1]} after {minutes[1]}" in text
     assert f"the same again with {accuracies[2]} after {minutes[2]}" in text
+    fourth = read_json("tables", "earlier_release", "fourth.json")
+    assert f"ended with {fourth['top1']:.2f} % after {fourth['train_seconds']:.0f} s" in text
     fused, unfused = runs["third"], read_json("tables", "earlier_release", "third_unfused.json")
     saved, cost = 1 - fused["train_seconds"] / unfused["train_seconds"], unfused["top1"] - fused["top1"]
     assert f"{unfused['top1']:.2f} % after {unfused['train_seconds']:.0f} s" in text

@@ -92,8 +92,10 @@ def test_card_has_no_hole(release):
 
 
 def test_command_of_the_card_repeats_the_run(release):
-    command = re.search(r"```bash\n(accelerate launch training/train\.py .*?)\n```", read_card(release), re.DOTALL)[1]
-    args, overrides = parse_arguments(TrainingArguments, "", shlex.split(command.replace("\\\n", " "))[3:])
+    command = re.search(r"```bash\n(accelerate launch .*?)\n```", read_card(release), re.DOTALL)[1]
+    launch, flags = command.replace("\\\n", " ").split("training/train.py")
+    assert launch == "accelerate launch --multi_gpu --num_processes 3 "
+    args, overrides = parse_arguments(TrainingArguments, "", shlex.split(flags))
     expected = {name: value for name, value in ARGUMENTS.items() if value is not None}
     given = {**vars(args), **overrides, "output_dir": str(args.output_dir)}
     assert {name: given[name] for name in expected} == expected

@@ -62,7 +62,7 @@ def create_card(config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
         train_images=_count(results["train_images"]),
         validation_images=_count(results["validation_images"]),
         memory_mib=round(results["peak_memory_bytes"] / 2**20),
-        command=_command(arguments),
+        command=_command(arguments, results["num_processes"]),
         versions=", ".join(f"{package} {version}" for package, version in results["versions"].items()),
         results=results,
     )
@@ -88,9 +88,11 @@ def _describe_fusion(config: PreTrainedConfig) -> str:
     )
 
 
-def _command(arguments: dict[str, Any]) -> str:
+def _command(arguments: dict[str, Any], num_processes: int) -> str:
     """The command that repeats a run, one flag per line."""
-    lines = ["accelerate launch training/train.py"]
+    # `--multi_gpu` starts several processes on CPUs too
+    launch = "accelerate launch " + (f"--multi_gpu --num_processes {num_processes} " if num_processes > 1 else "")
+    lines = [f"{launch}training/train.py"]
     for name, value in arguments.items():
         if value is not None:
             words = value if isinstance(value, (list, tuple)) else [value]
