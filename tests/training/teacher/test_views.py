@@ -315,7 +315,7 @@ def test_card_says_what_the_teacher_had_seen(stored, tmp_path):
     assert f"80% of the loss came from a teacher, `{manifest['teacher']}`, at temperature 2.0" in card
     assert "on standardized logits. It had seen 3 views of every training image. The teacher was pretrained on" in card
     assert "pretrained on ImageNet-1k" in card
-    assert "mixes of two" not in card
+    assert "trained on mixes" not in card
     train_here(tmp_path / "mixed", **RUN, teacher_views=tmp_path / "views", cutmix_alpha=0.5)
     card = " ".join((tmp_path / "mixed" / "README.md").read_text().split())
-    assert "It had seen 3 views of every training image, of which this model saw mixes of two. The teacher" in card
+    assert "every training image; this model was trained on mixes of two of these views. The teacher" in card
