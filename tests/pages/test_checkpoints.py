@@ -66,6 +66,21 @@ def test_earlier_releases_are_as_they_were_scored():
     assert f"saved {saved:.0%} of the time".replace("%", " %") in text and f"cost {cost:.1f} point" in text
 
 
+def test_what_fusion_costs_the_checkpoint_is_what_was_measured():
+    fused, unfused = (read_json("fambav-cifar100", f"{name}.json") for name in ("all_results", "without_fusion"))
+    differing = {name for name, value in fused["arguments"].items() if value != unfused["arguments"][name]}
+    assert differing == {"fusion_strategy", "output_dir"} and fused["git_commit"] == unfused["git_commit"]
+    cost, seconds = unfused["top1"] - fused["top1"], [run["processor_seconds"] for run in (fused, unfused)]
+    saved = f"{1 - seconds[0] / seconds[1]:.0%}".replace("%", " %")
+    tokens = sum(fused["sequence_lengths"]) / sum(unfused["sequence_lengths"])
+    for page in (MODEL_CARDS, MEASURED / "fambav-cifar100" / "README.md"):
+        text = sentences(page).replace("**", "")
+        assert f"ended with {unfused['top1']:.2f} %" in text
+        assert f"saved {saved} of the processor time" in text and f"cost {cost:.1f} points" in text
+    text = sentences(MODEL_CARDS)
+    assert f"{seconds[0]:.0f} instead of {seconds[1]:.0f} s, of {1 - tokens:.0%}".replace("%", " %") in text
+
+
 @pytest.mark.parametrize("folder", sorted(path.parent for path in MEASURED.glob("*/README.md")), ids=lambda p: p.name)
 def test_a_card_names_the_data_that_its_model_was_scored_on(folder):
     card = ModelCard.load(folder / "README.md").data

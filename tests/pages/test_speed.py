@@ -129,7 +129,12 @@ def test_the_headline_is_what_was_measured():
     megabytes = (MEASURED / checkpoint / "model.safetensors").stat().st_size / 1e6
     seconds = read_json("tables", "earlier_release", "fourth.json")["train_seconds"]  # which it began with
     trained = f"trained for {seconds:.0f} s on that GPU and {results['train_seconds'] / 60:.0f} min on two CPU cores"
-    assert f"{megabytes:.1f} MB, {results['top1']:.2f} % top-1, {trained}" in text
+    twin = read_json(checkpoint, "without_fusion.json")
+    cost, share = twin["top1"] - results["top1"], results["processor_seconds"] / twin["processor_seconds"]
+    beside = f"({cost:.1f} points below its twin without fusion, in {share:.0%} of the processor time)".replace(
+        "%", " %"
+    )
+    assert f"{megabytes:.1f} MB, {results['top1']:.2f} % top-1 {beside}, {trained}" in text
     assert f"Of {results['sequence_lengths'][0]} tokens, {results['sequence_lengths'][-1]} remain." in text
 
 
