@@ -51,6 +51,14 @@ def test_levers_with_another_teacher_are_as_they_were_scored():
     assert [row[1] for row in shown] == [", ".join(runs[name] for name in names) for names in rows]
 
 
+def test_mixing_is_as_it_was_scored():
+    alone, mixed = (read_json("tables", "levers", "mixing.json")[name] for name in ("alone", "mixed"))
+    differing = {name for name, value in alone["arguments"].items() if value != mixed["arguments"][name]}
+    assert differing == {"mixup_alpha", "cutmix_alpha", "output_dir"}
+    text = sentences(MODEL_CARDS)
+    assert f"{alone['top1']:.2f} % on 10,000 other training images, and {mixed['top1']:.2f} % with" in text
+
+
 def test_earlier_releases_are_as_they_were_scored():
     text = sentences(MODEL_CARDS)
     runs = {name: read_json("tables", "earlier_release", f"{name}.json") for name in ("first", "second", "third")}
