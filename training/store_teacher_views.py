@@ -19,7 +19,7 @@ from fambav_training.data.crops import draw_crops, mean_color, take_crops
 from fambav_training.data.labeled_images import load_labeled_images, random_subset
 from fambav_training.data.pixels import CachedImages, normalize
 from fambav_training.machine.memory import keep_freed_memory
-from fambav_training.machine.processor import warn_of_slow_bfloat16
+from fambav_training.machine.processor import warn_of_slow_precision
 from fambav_training.run.distillation import Teacher, load_teacher
 from fambav_training.sources import loading
 from fambav_training.teacher.views import Manifest, begin, digest_pixels, write_file
@@ -78,8 +78,7 @@ def store(args: argparse.Namespace) -> Manifest:
         ValueError: if teacher, data or folder do not fit.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and args.mixed_precision == "bf16":
-        warn_of_slow_bfloat16()
+    warn_of_slow_precision(device, args.mixed_precision)
     columns = args.image_column_name, args.label_column_name
     split = args.train_split
     images = load_labeled_images(args.dataset_name, *columns, split, split)

@@ -1,6 +1,7 @@
 """Whether the processor has bfloat16 arithmetic, from what Linux says of it, and what follows."""
 
 import pytest
+import torch
 
 from fambav_training.machine import processor
 
@@ -22,8 +23,19 @@ def test_flags_of_the_processor(text, expected, tmp_path, monkeypatch):
     assert processor.has_bf16_arithmetic() is expected
 
 
-@pytest.mark.parametrize("has_arithmetic, warns", [(False, True), (True, False), (None, False)])
-def test_bfloat16_without_its_arithmetic_is_said_to_be_slow(has_arithmetic, warns, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "device, precision, has_arithmetic, warns",
+    [
+        ("cpu", "bf16", False, True),
+        ("cpu", "bf16", True, False),
+        ("cpu", "bf16", None, False),
+        ("cpu", "no", False, False),
+        ("cuda", "bf16", False, False),
+    ],
+)
+def test_bfloat16_without_its_arithmetic_is_said_to_be_slow(
+    device, precision, has_arithmetic, warns, monkeypatch, caplog
+):
     monkeypatch.setattr(processor, "has_bf16_arithmetic", lambda: has_arithmetic)
-    processor.warn_of_slow_bfloat16()
+    processor.warn_of_slow_precision(torch.device(device), precision)
     assert ("--mixed_precision no is faster" in caplog.text) is warns

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -21,9 +22,9 @@ def has_bf16_arithmetic() -> bool | None:
     return None if flags is None else not _BF16_FLAGS.isdisjoint(flags.split())
 
 
-def warn_of_slow_bfloat16() -> None:
+def warn_of_slow_precision(device: torch.device, mixed_precision: str) -> None:
     """bfloat16 saves memory everywhere, and time only on a processor that multiplies it."""
-    if has_bf16_arithmetic() is False:
+    if device.type == "cpu" and mixed_precision == "bf16" and has_bf16_arithmetic() is False:
         logger.warning(
             "--mixed_precision bf16: this processor has no bfloat16 arithmetic and takes longer than in float32; "
             "--mixed_precision no is faster"

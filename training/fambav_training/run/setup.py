@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fambav_training.machine.processor import warn_of_slow_bfloat16
+from fambav_training.machine.processor import warn_of_slow_precision
 from fambav_training.release.hub import LOGS
 from fambav_training.run.arguments import TrainingArguments
 from fambav_training.run.distillation import Teacher, load_teacher
@@ -42,8 +42,7 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir / LOGS),
     )
     use_all_cores(accelerator)
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        warn_of_slow_bfloat16()
+    warn_of_slow_precision(accelerator.device, accelerator.mixed_precision)
     set_seed(args.seed)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(f"{accelerator.distributed_type.value}: expected a setting that keeps the model whole")
@@ -114,7 +113,8 @@ def _move_class_token(embeddings: FambaVEmbeddings, cls_token_position: str) -> 
     """Put the class token elsewhere among the patches; it and they keep their position embeddings."""
     rows, num_patches = embeddings.position_embeddings, embeddings.config.num_patches
     index = embeddings.class_index_of(num_patches)
-    own, patches = rows[:, index : index + 1], torch.cat((rows[:, :index], rows[:, index + 1 :]), dim=1)
+    before, own, after = rows.tensor_split((index, index + 1), dim=1)
+    patches = torch.cat((before, after), dim=1)
     embeddings.config.cls_token_position = cls_token_position
     index = embeddings.class_index_of(num_patches)
     rows.copy_(torch.cat((patches[:, :index], own, patches[:, index:]), dim=1))
